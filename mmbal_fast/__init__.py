@@ -1,0 +1,1 @@
+"""Balanced multimodal training for PyTorch."""

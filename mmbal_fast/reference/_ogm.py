@@ -1,0 +1,242 @@
+"""OGM-GE in plain PyTorch: scores, ratios, coefficients, moments and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mmbal_fast.reference._noise import chunks, flat, is_dense, normals
+
+Rule: TypeAlias = Literal["cvpr2022", "cvpr2022_excess", "tpami2024"] | Callable[[Tensor], Tensor]
+"""How a discrepancy ratio becomes a coefficient: a published rule, or a callable."""
+
+RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "cvpr2022": lambda ratios, alpha: 1.0 - torch.tanh(alpha * ratios),
+    "cvpr2022_excess": lambda ratios, alpha: 1.0 - torch.tanh(alpha * (ratios - 1.0)),
+    "tpami2024": lambda ratios, alpha: (1.0 - alpha * torch.tanh(ratios - 1.0)).clamp(min=0.0),
+}
+"""The published rules, for ratios above 1."""
+
+
+@torch.no_grad()
+def contribution_scores(
+    logits: Sequence[Tensor], target: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    """Contribution of each modality: the summed softmax probability of the true class.
+
+    ``S_m = sum_i softmax(logits_m[i])[y_i]``; for soft labels ``q``,
+    ``S_m = sum_i sum_c q[i, c] softmax(logits_m[i])[c]``. Peng et al., "Balanced Multimodal
+    Learning via On-the-fly Gradient Modulation" (CVPR 2022), section 3.2, the sums in the
+    definition of the discrepancy ratio.
+
+    Args:
+        logits: M tensors ``[B, C]`` or ``[B, C, ...]``, floating point; one per modality.
+        target: class indexes, integer, ``[B]`` or ``[B, ...]``; or soft labels, floating point, of
+            the shape of the logits.
+        ignore_index: samples with this label add nothing; default -100, as in
+            ``torch.nn.functional.cross_entropy``. Not used for soft labels.
+
+    Returns:
+        float32 ``[M]`` without autograd graph, 0 for an empty batch. Computed in float32, for
+        float64 logits in float64.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import reference
+        >>> confident, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> reference.contribution_scores([confident, unsure], torch.tensor([0]))
+        tensor([0.9999, 0.5000])
+    """
+    return torch.stack([_score(each, target, ignore_index) for each in logits])
+
+
+def _score(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    probability = logits.to(_compute_dtype(logits)).softmax(dim=1)
+    if target.is_floating_point():
+        return (probability * target).sum().float()
+    ignored = target == ignore_index
+    label = target.long().masked_fill(ignored, 0).unsqueeze(1)
+    return probability.gather(1, label).squeeze(1).masked_fill(ignored, 0.0).sum().float()
+
+
+@torch.no_grad()
+def discrepancy_ratios(scores: Tensor) -> Tensor:
+    """How much more each modality contributes than the others.
+
+    ``rho_m = mean over j != m of S_m / S_j``; for two modalities ``S_0 / S_1`` and ``S_1 / S_0``,
+    the discrepancy ratio of OGM-GE (CVPR 2022, section 3.2). The mean is its extension to M
+    modalities in Wei et al., "On-the-fly Modulation for Balanced Multimodal Learning" (TPAMI 2024).
+
+    Args:
+        scores: ``[M]``, M >= 2, as `contribution_scores` gives them.
+
+    Returns:
+        float32 ``[M]``; inf where another modality's score is 0, NaN where both are.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import reference
+        >>> reference.discrepancy_ratios(torch.tensor([6.0, 3.0, 2.0]))
+        tensor([2.5000, 1.0000, 0.5000])
+    """
+    scores = scores.float()
+    pairwise = scores.unsqueeze(1) / scores.unsqueeze(0)
+    return pairwise.fill_diagonal_(0.0).sum(dim=1) / (len(scores) - 1)
+
+
+@torch.no_grad()
+def modulation_coefficients(ratios: Tensor, alpha: float, *, rule: Rule = "cvpr2022") -> Tensor:
+    """Factor for the gradients of each modality: 1, or less where the modality dominates.
+
+    Where ``rho_m > 1``, and 1 elsewhere:
+
+    - ``"cvpr2022"``: ``1 - tanh(alpha * rho_m)``, OGM-GE (CVPR 2022), section 3.2;
+    - ``"cvpr2022_excess"``: ``1 - tanh(alpha * (rho_m - 1))``, the first release of its code;
+    - ``"tpami2024"``: ``max(0, 1 - alpha * tanh(rho_m - 1))``, the journal version (TPAMI 2024).
+
+    Args:
+        ratios: ``[M]``, as `discrepancy_ratios` gives them.
+        alpha: strength of the modulation, >= 0. The OGM-GE paper's code has 0.8 for CREMA-D and
+            0.1 for VGGSound. Not used by a callable rule.
+        rule: one of the names above, default the published one, or a callable that gets the ratios
+            (float32 ``[M]``) and returns the coefficients.
+
+    Returns:
+        float32 ``[M]`` without autograd graph; 1 instead of NaN, so that undefined ratios
+        throttle nothing.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import reference
+        >>> reference.modulation_coefficients(torch.tensor([2.0, 0.5, float("nan")]), alpha=0.1)
+        tensor([0.8026, 1.0000, 1.0000])
+    """
+    ratios = ratios.float()
+    if callable(rule):
+        return _nan_to_one(rule(ratios).float())
+    return _nan_to_one(torch.where(ratios > 1.0, RULES[rule](ratios, alpha), 1.0))
+
+
+@torch.no_grad()
+def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
+    """Count, mean and sum of squared deviations of each gradient.
+
+    Chan's formula merges such rows from shards; ``sqrt(M2 / (count - 1))`` is the unbiased
+    standard deviation that scales the noise of OGM-GE (CVPR 2022, section 3.3).
+
+    Args:
+        grads: T floating point tensors of any shape, or None.
+
+    Returns:
+        float64 ``[T, 3]``, rows ``(count, mean, M2)``, computed in float64, on the device of the
+        first gradient; a row of zeros for None and for an empty tensor.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import reference
+        >>> reference.gradient_moments([torch.tensor([1.0, 2.0, 6.0]), None])
+        tensor([[ 3.,  3., 14.],
+                [ 0.,  0.,  0.]], dtype=torch.float64)
+    """
+    device = next((grad.device for grad in grads if grad is not None), None)
+    moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
+    for row, grad in zip(moments, grads, strict=True):
+        if grad is not None and grad.numel() > 0:
+            variance, mean = torch.var_mean(grad.double(), correction=0)
+            row[0] = grad.numel()
+            row[1] = mean
+            row[2] = variance * grad.numel()
+    return moments
+
+
+@torch.no_grad()
+def modulate_(
+    grads: Sequence[Tensor | None],
+    coefficients: Tensor,
+    modality: Sequence[int],
+    *,
+    noise: float = 1.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    moments: Tensor | None = None,
+    eps: float = 1e-8,
+) -> None:
+    """Scale gradients in place and add noise of their own standard deviation.
+
+    ``g <- k_m g + noise * (std(g) + eps) * z`` with standard normal ``z`` (see `noise_like`) and
+    the unbiased ``std`` of all elements of the gradient before scaling: OGM-GE (CVPR 2022), section
+    3.3; without noise OGM, section 3.2. Float64 gradients are computed in float64, others in
+    float32, with one rounding to their dtype. None and empty tensors are skipped.
+
+    A gradient with NaN or inf is only scaled. A float16 result saturates at +-65504 where the
+    gradient was finite.
+
+    Args:
+        grads: T floating point tensors of any shape and layout, or None; written in place.
+        coefficients: float32 ``[M]``; NaN counts as 1.
+        modality: T indexes into ``coefficients``.
+        noise: factor of the noise, default 1 as in OGM-GE; 0 gives exactly ``k_m g``.
+        seed: 64-bit seed of the noise.
+        step: step number, an int or an integer tensor of one element; its low 32 bits count.
+        tensor_ids: T 32-bit ids, by default the positions 0 to T - 1.
+        offsets: T global indexes of the tensors' first elements, by default 0; for shards.
+        moments: float64 ``[T, 3]``, rows ``(count, mean, M2)``; by default those of ``grads``. For
+            shards give those of the whole tensors.
+        eps: added to the standard deviation, default 1e-8 as in the released code.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import reference
+        >>> audio, image = torch.ones(2), torch.ones(2)
+        >>> reference.modulate_([audio, image], torch.tensor([0.25, 1.0]), [0, 1], noise=0.0)
+        >>> audio, image
+        (tensor([0.2500, 0.2500]), tensor([1., 1.]))
+    """
+    amplitudes = None
+    if noise != 0:
+        amplitudes = noise * _noise_std(
+            gradient_moments(grads) if moments is None else moments, eps
+        )
+    for index, grad in enumerate(grads):
+        if grad is None:
+            continue
+        dtype = _compute_dtype(grad)
+        values = flat(grad)
+        scale = _nan_to_one(coefficients[modality[index]]).to(grad.device, dtype)
+        for piece in chunks(grad.numel()):
+            old = values[piece]
+            new = old.to(dtype) * scale
+            if amplitudes is not None:
+                new = new + amplitudes[index].to(grad.device, dtype) * normals(
+                    piece.start + (0 if offsets is None else offsets[index]),
+                    piece.stop - piece.start,
+                    seed=seed,
+                    step=step,
+                    tensor_id=index if tensor_ids is None else tensor_ids[index],
+                    device=grad.device,
+                )
+            if grad.dtype == torch.float16:
+                new = torch.where(old.isfinite(), new.clamp(-65504.0, 65504.0), new)
+            values[piece] = new
+        if not is_dense(grad):
+            grad.copy_(values.view(grad.shape))
+
+
+def _noise_std(moments: Tensor, eps: float) -> Tensor:
+    count, mean, m2 = moments.unbind(dim=1)
+    std = (m2 / (count - 1.0)).sqrt().masked_fill(count <= 1.0, 0.0)
+    # Added to a gradient with NaN or inf, any other amplitude would spoil its finite elements.
+    return torch.where(mean.isfinite() & m2.isfinite(), std + eps, 0.0)
+
+
+def _nan_to_one(values: Tensor) -> Tensor:
+    return values.masked_fill(values.isnan(), 1.0)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
