@@ -1,0 +1,101 @@
+"""The stand-in for CUDA does what it must: see selftest.cpp for the kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FLAGS = {
+    "plain": ["-O1"],
+    "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+ORDERS = [{}, {"THREADS": "3"}, {"SEED": "1"}, {"SEED": "2", "THREADS": "2"}]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def selftest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    binary = tmp_path_factory.mktemp("emulation") / request.param
+    sources = [HERE / "selftest.cpp", HERE / "emulation.cpp"]
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    include = ["-I", HERE / "include"]
+    subprocess.run(
+        ["g++", "-std=c++17", *warnings, *FLAGS[request.param], *include, *sources]
+        + ["-pthread", "-o", binary],
+        check=True,
+    )
+    return binary
+
+
+def run(selftest: Path, case: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MMBAL_EMULATION_")}
+    settings = {f"MMBAL_EMULATION_{name}": value for name, value in settings.items()}
+    return subprocess.run(
+        [selftest, case], env=inherited | settings, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("settings", ORDERS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    ["reduction", "warps", "early_exit", "last_block_done", "tickets", "atomics_and_parameters"],
+)
+def test_kernels_give_the_right_answer_in_any_order(
+    selftest: Path, case: str, settings: dict[str, str]
+) -> None:
+    result = run(selftest, case, **settings)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
+def test_host_api(selftest: Path) -> None:
+    result = run(selftest, "host")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
+@pytest.mark.parametrize("settings", ORDERS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "report"),
+    [
+        ("divergent_barrier_0", ["32 wait at __syncthreads", "selftest.cpp", "divergent"]),
+        ("divergent_barrier_1", ["8 wait at __syncthreads", "24 wait at __syncwarp", "32 exited"]),
+        ("divergent_barrier_2", ["mask 0x0000ffff", "mask 0xffffffff", "16 exited"]),
+        ("spin_forever", ["1 spin in __nanosleep", "63 wait at __syncthreads"]),
+    ],
+)
+def test_deadlocks_are_reported(
+    selftest: Path, case: str, report: list[str], settings: dict[str, str]
+) -> None:
+    result = run(selftest, case, **settings)
+    assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
+    assert "deadlock in block" in result.stderr
+    assert "of 64 threads" in result.stderr
+    assert [part for part in report if part not in result.stderr] == []
+
+
+def test_missing_barrier_shows(selftest: Path) -> None:
+    assert run(selftest, "missing_barrier").returncode == 0
+    assert run(selftest, "order_of_threads").returncode == 0
+    for seed in "123":
+        assert run(selftest, "order_of_threads", SEED=seed).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "report"),
+    [
+        ("shared_overflow", "insufficient space|global-buffer-overflow"),
+        ("global_overflow", "heap-buffer-overflow"),
+        ("misaligned", "misaligned address"),
+    ],
+)
+def test_sanitizers_see_into_kernels(selftest: Path, case: str, report: str) -> None:
+    if selftest.name == "plain":
+        pytest.skip("needs the sanitized build")
+    result = run(selftest, case)
+    assert result.returncode != 0
+    assert any(text in result.stderr for text in report.split("|"))
