@@ -1,0 +1,423 @@
+#include "cpu/kernels.h"
+
+#include <type_traits>
+
+#include "cpu/simd.h"
+#include "math/modulation.h"
+#include "math/normal.h"
+#include "math/softmax.h"
+
+#define MMBAL_CONCAT_(a, b) a##b
+#define MMBAL_CONCAT(a, b) MMBAL_CONCAT_(a, b)
+#define MMBAL_STRING_(a) #a
+#define MMBAL_STRING(a) MMBAL_STRING_(a)
+
+namespace mmbal {
+namespace {
+
+constexpr int kGroup = 4 * kWidth;      // elements that one vector Philox call makes
+constexpr int kLanes = 32;              // running sums: the same on every instruction set
+constexpr int kVectors = kLanes / kWidth;
+
+double pairwise_sum(const double* x, int n) {
+  return n == 1 ? x[0] : pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n / 2);
+}
+
+double sum_lanes(const FloatVector* v) {
+  float lanes[kLanes];
+  double wide[kLanes];
+  std::memcpy(lanes, v, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) wide[i] = lanes[i];
+  return pairwise_sum(wide, kLanes);
+}
+
+MMBAL_HD double to_double(double x) { return x; }
+MMBAL_HD double to_double(float x) { return x; }
+template <class T>
+MMBAL_HD double to_double(T x) {
+  return to_float(x);
+}
+template <class T>
+MMBAL_HD T splat_as(float x);
+template <>
+MMBAL_HD float splat_as<float>(float x) {
+  return x;
+}
+template <>
+MMBAL_HD Half splat_as<Half>(float x) {
+  return to_half(x);
+}
+template <>
+MMBAL_HD BFloat16 splat_as<BFloat16>(float x) {
+  return to_bfloat16(x);
+}
+
+// ------------------------------------------------------------------------------------ moments
+
+// In float64: for float64 data, and for values whose squares leave float32's range.
+template <class T>
+Partial moments_in_double(const void* data, int64_t count) {
+  const T* x = static_cast<const T*>(data);
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i % kLanes] += to_double(x[i]);
+  const double mean = pairwise_sum(lanes, kLanes) / static_cast<double>(count);
+  double shifted[kLanes] = {};
+  double squares[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = to_double(x[i]) - mean;
+    shifted[i % kLanes] += d;
+    squares[i % kLanes] += d * d;
+  }
+  return partial_from_shifted(mean, pairwise_sum(shifted, kLanes), pairwise_sum(squares, kLanes),
+                              static_cast<double>(count));
+}
+
+// Two passes over a chunk that stays in the first-level cache: one read of memory.
+template <class T>
+Partial moments(const void* data, int64_t count) {
+  const T* x = static_cast<const T*>(data);
+  const int64_t whole = count - count % kLanes;
+  const int64_t rest = count - whole;
+  T padded[kLanes];
+  FloatVector sum[kVectors] = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(x + i + v * kWidth);
+  }
+  if (rest) {
+    for (int i = 0; i < kLanes; ++i) padded[i] = i < rest ? x[whole + i] : splat_as<T>(0.0f);
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(padded + v * kWidth);
+  }
+  const float pivot = static_cast<float>(sum_lanes(sum) / static_cast<double>(count));
+  const FloatVector center = Simd::splat(pivot);
+  FloatVector shifted[kVectors] = {};
+  FloatVector squares[kVectors] = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatVector d = load(x + i + v * kWidth) - center;
+      shifted[v] += d;
+      squares[v] = Simd::fma(d, d, squares[v]);
+    }
+  }
+  if (rest) {
+    float deviations[kLanes];
+    for (int v = 0; v < kVectors; ++v) {
+      store(deviations + v * kWidth, load(padded + v * kWidth) - center);
+    }
+    for (int64_t i = rest; i < kLanes; ++i) deviations[i] = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatVector d = load(deviations + v * kWidth);
+      shifted[v] += d;
+      squares[v] = Simd::fma(d, d, squares[v]);
+    }
+  }
+  const double total = sum_lanes(squares);
+  if (squares_out_of_range(total, static_cast<double>(count))) {
+    bool constant = true;
+    for (int64_t i = 1; i < count; ++i) constant &= to_double(x[i]) == to_double(x[0]);
+    if (constant && is_finite(to_double(x[0]))) return {to_double(x[0]), 0.0};
+    return moments_in_double<T>(data, count);
+  }
+  return partial_from_shifted(pivot, sum_lanes(shifted), total, static_cast<double>(count));
+}
+
+// -------------------------------------------------------------------------------------- noise
+
+// Calls sink(i, v) with the normals of elements index + i .. index + i + kWidth - 1, for
+// i = 0, kWidth, ... below count; index must be a multiple of 4. The last call may pass the end.
+template <class Sink>
+MMBAL_HD void for_each_normal(const NoiseKey& key, uint64_t index, int64_t count, Sink&& sink) {
+  const UintVector lane = block_of_lane();
+  uint64_t block = index >> 2;
+  for (int64_t i = 0; i < count; i += kGroup, block += kWidth) {
+    const UintVector low = lane + static_cast<uint32_t>(block);
+    // Where the low word wrapped, the comparison is -1: the carry.
+    const UintVector high = static_cast<uint32_t>(block >> 32) - (UintVector)(low < lane);
+    const auto z = normals<Simd>(noise_words<Simd>(key, low, high));
+    FloatVector v[4];
+    transpose4(z.z0, z.z1, z.z2, z.z3, v);
+    for (int j = 0; j < 4; ++j) sink(i + j * kWidth, v[j]);
+  }
+}
+
+void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]) {
+  const Words<UintVector> c{Simd::splat(counter[0]), Simd::splat(counter[1]),
+                            Simd::splat(counter[2]), Simd::splat(counter[3])};
+  const Words<UintVector> w =
+      rounds == 7 ? philox4x32<Simd, 7>(c, key[0], key[1]) : philox4x32<Simd>(c, key[0], key[1]);
+  words[0] = w.w0[0];
+  words[1] = w.w1[0];
+  words[2] = w.w2[0];
+  words[3] = w.w3[0];
+}
+
+// Normals for a run that does not start at a block: `buffer` gets the run's blocks, and the run
+// starts at the returned offset. The buffer holds kRun + 2 groups.
+constexpr int64_t kRun = 1024;
+
+const float* normals_of_run(const NoiseKey& key, uint64_t index, int64_t count, float* buffer) {
+  const int64_t skip = static_cast<int64_t>(index & 3);
+  for_each_normal(key, index - static_cast<uint64_t>(skip), count + skip,
+                  [&](int64_t i, FloatVector v) { store(buffer + i, v); });
+  return buffer + skip;
+}
+
+template <class T>
+struct Update {
+  FloatVector k, amplitude;
+
+  MMBAL_HD FloatVector operator()(FloatVector g, FloatVector z) const {
+    return saturate(Simd::fma(amplitude, z, k * g), g);
+  }
+  MMBAL_HD FloatVector scaled(FloatVector g) const { return saturate(k * g, g); }
+
+  // Finite gradients stay finite in float16.
+  static MMBAL_HD FloatVector saturate(FloatVector y, FloatVector g) {
+    if constexpr (std::is_same_v<T, Half>) {
+      const FloatVector limit = Simd::splat(kHalfMax);
+      const FloatVector clamped = y > limit ? limit : y < -limit ? -limit : y;
+      return g - g == 0.0f ? clamped : y;
+    } else {
+      return y;
+    }
+  }
+};
+
+// data[i] <- f(i, data[i]) for whole vectors, the rest through a padded copy.
+template <class T, class F>
+MMBAL_HD void transform_tail(T* x, int64_t count, F&& f) {
+  if (count <= 0) return;
+  T padded[kWidth];
+  for (int i = 0; i < kWidth; ++i) padded[i] = i < count ? x[i] : splat_as<T>(0.0f);
+  store(padded, f(load(padded)));
+  for (int64_t i = 0; i < count; ++i) x[i] = padded[i];
+}
+
+template <class T>
+void scale_and_add_noise(void* data, int64_t count, double k, double amplitude,
+                         const NoiseKey& key, uint64_t index) {
+  T* x = static_cast<T*>(data);
+  const Update<T> update{Simd::splat(static_cast<float>(k)),
+                         Simd::splat(static_cast<float>(amplitude))};
+  if ((index & 3) == 0) {
+    const int64_t whole = count - count % kGroup;
+    for_each_normal(key, index, whole, [&](int64_t i, FloatVector z) {
+      store(x + i, update(load(x + i), z));
+    });
+    x += whole;
+    count -= whole;
+    index += static_cast<uint64_t>(whole);
+  }
+  float buffer[kRun + 2 * kGroup];
+  for (; count > 0; x += kRun, count -= kRun, index += kRun) {
+    const int64_t run = count < kRun ? count : kRun;
+    const float* z = normals_of_run(key, index, run, buffer);
+    int64_t i = 0;
+    for (; i + kWidth <= run; i += kWidth) store(x + i, update(load(x + i), load(z + i)));
+    transform_tail(x + i, run - i, [&](FloatVector g) { return update(g, load(z + i)); });
+  }
+}
+
+template <>
+void scale_and_add_noise<double>(void* data, int64_t count, double k, double amplitude,
+                                 const NoiseKey& key, uint64_t index) {
+  double* x = static_cast<double*>(data);
+  float buffer[kRun + 2 * kGroup];
+  for (; count > 0; x += kRun, count -= kRun, index += kRun) {
+    const int64_t run = count < kRun ? count : kRun;
+    const float* z = normals_of_run(key, index, run, buffer);
+    for (int64_t i = 0; i < run; ++i) x[i] = k * x[i] + amplitude * static_cast<double>(z[i]);
+  }
+}
+
+template <class T>
+bool scale(void* data, int64_t count, double k) {
+  T* x = static_cast<T*>(data);
+  const Update<T> update{Simd::splat(static_cast<float>(k)), {}};
+  FloatVector finite[2] = {};  // becomes NaN where an element is NaN or Inf
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    for (int v = 0; v < 2; ++v) {
+      const FloatVector g = load(x + i + v * kWidth);
+      finite[v] = Simd::fma(g, FloatVector{}, finite[v]);
+      store(x + i + v * kWidth, update.scaled(g));
+    }
+  }
+  for (; i < count; i += kWidth) {
+    transform_tail(x + i, count - i < kWidth ? count - i : kWidth, [&](FloatVector g) {
+      finite[0] = Simd::fma(g, FloatVector{}, finite[0]);
+      return update.scaled(g);
+    });
+  }
+  bool all = true;
+  for (int j = 0; j < kWidth; ++j) all &= finite[0][j] + finite[1][j] == 0.0f;
+  return all;
+}
+
+template <>
+bool scale<double>(void* data, int64_t count, double k) {
+  double* x = static_cast<double*>(data);
+  double finite = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    finite += x[i] * 0.0;
+    x[i] *= k;
+  }
+  return finite == 0;
+}
+
+template <class T>
+void noise(void* data, int64_t count, const NoiseKey& key, uint64_t index) {
+  T* x = static_cast<T*>(data);
+  if ((index & 3) == 0) {
+    const int64_t whole = count - count % kGroup;
+    for_each_normal(key, index, whole, [&](int64_t i, FloatVector z) { store(x + i, z); });
+    x += whole;
+    count -= whole;
+    index += static_cast<uint64_t>(whole);
+  }
+  float buffer[kRun + 2 * kGroup];
+  for (; count > 0; x += kRun, count -= kRun, index += kRun) {
+    const int64_t run = count < kRun ? count : kRun;
+    const float* z = normals_of_run(key, index, run, buffer);
+    int64_t i = 0;
+    for (; i + kWidth <= run; i += kWidth) store(x + i, load(z + i));
+    transform_tail(x + i, run - i, [&](FloatVector) { return load(z + i); });
+  }
+}
+
+template <>
+void noise<double>(void* data, int64_t count, const NoiseKey& key, uint64_t index) {
+  double* x = static_cast<double*>(data);
+  float buffer[kRun + 2 * kGroup];
+  for (; count > 0; x += kRun, count -= kRun, index += kRun) {
+    const int64_t run = count < kRun ? count : kRun;
+    const float* z = normals_of_run(key, index, run, buffer);
+    for (int64_t i = 0; i < run; ++i) x[i] = z[i];
+  }
+}
+
+// ------------------------------------------------------------------------------------- scores
+
+constexpr int kRowLanes = 16;
+constexpr int kRowVectors = kRowLanes / kWidth;
+
+// Calls f(vectors) for every kRowLanes logits of a row, the last ones padded with -inf.
+template <class T, class F>
+MMBAL_HD void for_each_logit(const T* row, int64_t classes, F&& f) {
+  FloatVector x[kRowVectors];
+  int64_t c = 0;
+  for (; c + kRowLanes <= classes; c += kRowLanes) {
+    for (int v = 0; v < kRowVectors; ++v) x[v] = load(row + c + v * kWidth);
+    f(c, x);
+  }
+  if (c == classes) return;
+  T padded[kRowLanes];
+  for (int i = 0; i < kRowLanes; ++i) {
+    padded[i] = c + i < classes ? row[c + i] : splat_as<T>(-HUGE_VALF);
+  }
+  for (int v = 0; v < kRowVectors; ++v) x[v] = load(padded + v * kWidth);
+  f(c, x);
+}
+
+template <class T>
+float row_max(const T* row, int64_t classes) {
+  FloatVector top[kRowVectors];
+  for (int v = 0; v < kRowVectors; ++v) top[v] = Simd::splat(-HUGE_VALF);
+  for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
+    for (int v = 0; v < kRowVectors; ++v) top[v] = Simd::max(top[v], x[v]);
+  });
+  float lanes[kRowLanes];
+  std::memcpy(lanes, top, sizeof lanes);
+  float result = lanes[0];
+  for (int i = 1; i < kRowLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+double sum_row_lanes(const FloatVector* v) {
+  float lanes[kRowLanes];
+  double wide[kRowLanes];
+  std::memcpy(lanes, v, sizeof lanes);
+  for (int i = 0; i < kRowLanes; ++i) wide[i] = lanes[i];
+  return pairwise_sum(wide, kRowLanes);
+}
+
+template <class T>
+double row_score(const void* data, int64_t classes, int64_t label) {
+  const T* row = static_cast<const T*>(data);
+  const float top = row_max(row, classes);
+  const FloatVector shift = Simd::splat(top);
+  FloatVector sum[kRowVectors] = {};
+  for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
+    for (int v = 0; v < kRowVectors; ++v) sum[v] += exp_nonpositive<Simd>(x[v] - shift);
+  });
+  const float own = static_cast<float>(to_double(row[label])) - top;
+  return exp_nonpositive<Scalar>(own) / sum_row_lanes(sum);
+}
+
+template <class T>
+double soft_row_score(const void* data, int64_t classes, const void* weights) {
+  const T* row = static_cast<const T*>(data);
+  const T* weight = static_cast<const T*>(weights);
+  const FloatVector shift = Simd::splat(row_max(row, classes));
+  FloatVector sum[kRowVectors] = {};
+  FloatVector weighted[kRowVectors] = {};
+  for_each_logit(row, classes, [&](int64_t c, const FloatVector* x) {
+    for (int v = 0; v < kRowVectors; ++v) {
+      const FloatVector e = exp_nonpositive<Simd>(x[v] - shift);
+      T padded[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const int64_t at = c + v * kWidth + i;
+        padded[i] = at < classes ? weight[at] : splat_as<T>(0.0f);
+      }
+      sum[v] += e;
+      weighted[v] = Simd::fma(e, load(padded), weighted[v]);
+    }
+  });
+  return sum_row_lanes(weighted) / sum_row_lanes(sum);
+}
+
+double double_row_sum(const double* row, int64_t classes, const double* weights, double* own) {
+  double top = -HUGE_VAL;
+  for (int64_t c = 0; c < classes; ++c) top = row[c] > top ? row[c] : top;
+  double sum = 0;
+  for (int64_t c = 0; c < classes; ++c) {
+    const double e = std::exp(row[c] - top);
+    sum += e;
+    if (weights) *own += e * weights[c];
+  }
+  return weights ? sum : (*own = top, sum);
+}
+
+template <>
+double row_score<double>(const void* data, int64_t classes, int64_t label) {
+  const double* row = static_cast<const double*>(data);
+  double top = 0;
+  const double sum = double_row_sum(row, classes, nullptr, &top);
+  return std::exp(row[label] - top) / sum;
+}
+
+template <>
+double soft_row_score<double>(const void* data, int64_t classes, const void* weights) {
+  double own = 0;
+  const double sum = double_row_sum(static_cast<const double*>(data), classes,
+                                    static_cast<const double*>(weights), &own);
+  return own / sum;
+}
+
+}  // namespace
+
+// The order of DType.
+#define MMBAL_FOR_EACH_DTYPE(f) {f<float>, f<double>, f<Half>, f<BFloat16>}
+
+extern const KernelTable MMBAL_CONCAT(kernels_, MMBAL_ISA);
+const KernelTable MMBAL_CONCAT(kernels_, MMBAL_ISA) = {
+    MMBAL_STRING(MMBAL_ISA),
+    philox,
+    {moments<float>, moments_in_double<double>, moments<Half>, moments<BFloat16>},
+    MMBAL_FOR_EACH_DTYPE(scale),
+    MMBAL_FOR_EACH_DTYPE(scale_and_add_noise),
+    MMBAL_FOR_EACH_DTYPE(noise),
+    MMBAL_FOR_EACH_DTYPE(row_score),
+    MMBAL_FOR_EACH_DTYPE(soft_row_score),
+};
+
+}  // namespace mmbal

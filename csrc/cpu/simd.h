@@ -1,0 +1,229 @@
+// The vector policy: the members of mmbal::Scalar on kWidth lanes, for the instruction set that
+// this file is compiled for, and loads, stores and reductions over them.
+#pragma once
+
+#include "math/convert.h"
+#include "math/platform.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace mmbal {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float FloatVector __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UintVector __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kWidth)));
+
+struct Simd {
+  using F = FloatVector;
+  using U = UintVector;
+
+  static MMBAL_HD F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+    return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    F result;
+    for (int i = 0; i < kWidth; ++i) result[i] = std::fmaf(a[i], b[i], c[i]);
+    return result;
+#endif
+  }
+  static MMBAL_HD F sqrt(F x) {
+#if defined(__AVX512F__)
+    return (F)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (F)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (F)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (F)vsqrtq_f32((float32x4_t)x);
+#else
+    F result;
+    for (int i = 0; i < kWidth; ++i) result[i] = std::sqrt(x[i]);
+    return result;
+#endif
+  }
+  static MMBAL_HD U bits(F x) { return (U)x; }
+  static MMBAL_HD F from_bits(U u) { return (F)u; }
+  static MMBAL_HD U splat(uint32_t u) { return u - U{}; }
+  static MMBAL_HD F splat(float x) { return x - F{}; }
+  static MMBAL_HD F from_signed(U u) { return __builtin_convertvector((IntVector)u, F); }
+  static MMBAL_HD F from_unsigned(U u) {
+#if defined(__AVX512F__)
+    return (F)_mm512_cvtepu32_ps((__m512i)u);
+#elif defined(__aarch64__)
+    return (F)vcvtq_f32_u32((uint32x4_t)u);
+#else
+    // Halves as mantissas of 2^39 and 2^23; their difference is exact, so the sum rounds once.
+    const F high = (F)((u >> 16) | 0x53000000u);
+    const F low = (F)((u & 0xffffu) | 0x4b000000u);
+    return (high - 549764202496.0f) + low;
+#endif
+  }
+  static MMBAL_HD U shift_right_signed(U u, int n) { return (U)((IntVector)u >> n); }
+  static MMBAL_HD F select(U mask, F a, F b) {
+#if defined(__AVX512DQ__)
+    return (F)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (F)_mm256_blendv_ps((__m256)a, (__m256)b, (__m256)mask);
+#else
+    return (IntVector)mask < 0 ? b : a;
+#endif
+  }
+  static MMBAL_HD F max(F a, F b) { return a > b ? a : b; }
+  static MMBAL_HD void multiply_wide(U a, uint32_t b, U& high, U& low) {
+#if defined(__AVX512F__)
+    const __m512i m = _mm512_set1_epi32((int)b);
+    const __m512i even = _mm512_mul_epu32((__m512i)a, m);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
+    high = (U)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    low = (U)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__)
+    const __m256i m = _mm256_set1_epi32((int)b);
+    const __m256i even = _mm256_mul_epu32((__m256i)a, m);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
+    high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(__x86_64__)
+    const __m128i m = _mm_set1_epi32((int)b);
+    const __m128i even = _mm_mul_epu32((__m128i)a, m);
+    const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)a, 32), m);
+    const __m128i mask = _mm_set1_epi64x(0xffffffff);
+    high = (U)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(mask, odd));
+    low = (U)_mm_or_si128(_mm_and_si128(even, mask), _mm_slli_epi64(odd, 32));
+#elif defined(__aarch64__)
+    const uint32x4_t v = (uint32x4_t)a;
+    const uint64x2_t first = vmull_n_u32(vget_low_u32(v), b);
+    const uint64x2_t second = vmull_high_n_u32(v, b);
+    high = (U)vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+    low = (U)vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+#else
+    for (int i = 0; i < kWidth; ++i) {
+      const uint64_t product = (uint64_t)a[i] * b;
+      high[i] = (uint32_t)(product >> 32);
+      low[i] = (uint32_t)product;
+    }
+#endif
+  }
+};
+
+// Unaligned loads and stores of kWidth elements, computed in float32.
+
+MMBAL_HD FloatVector load(const float* p) {
+  FloatVector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+MMBAL_HD void store(float* p, FloatVector v) { std::memcpy(p, &v, sizeof v); }
+
+MMBAL_HD FloatVector load(const BFloat16* p) {
+  typedef uint16_t Narrow __attribute__((vector_size(2 * kWidth)));
+  Narrow n;
+  std::memcpy(&n, p, sizeof n);
+  return (FloatVector)(__builtin_convertvector(n, UintVector) << 16);
+}
+MMBAL_HD void store(BFloat16* p, FloatVector v) {
+  typedef uint16_t Narrow __attribute__((vector_size(2 * kWidth)));
+  const UintVector u = (UintVector)v;
+  const UintVector rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const UintVector chosen = v == v ? rounded : (u >> 16) | 0x40u;
+#if defined(__AVX512F__)
+  const __m256i n = _mm512_cvtepi32_epi16((__m512i)chosen);
+#elif defined(__AVX2__)
+  const __m128i n = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)chosen),
+                                     _mm256_extracti128_si256((__m256i)chosen, 1));
+#else
+  const Narrow n = __builtin_convertvector(chosen, Narrow);
+#endif
+  std::memcpy(p, &n, sizeof(Narrow));
+}
+
+MMBAL_HD FloatVector load(const Half* p) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (FloatVector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#else
+  FloatVector v;
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+MMBAL_HD void store(Half* p, FloatVector v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = to_half(v[i]);
+#endif
+}
+
+// The block whose words a lane computes within a group of kWidth Philox blocks, chosen so that
+// transpose4 below leaves the elements in memory order without crossing 128-bit halves.
+MMBAL_HD UintVector block_of_lane() {
+  UintVector v;
+  for (int i = 0; i < kWidth; ++i) v[i] = (uint32_t)((i % 4) * (kWidth / 4) + i / 4);
+  return v;
+}
+
+#if defined(__clang__)
+#define MMBAL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MMBAL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVector{__VA_ARGS__})
+#endif
+
+// Rows z0..z3 of the blocks above to kWidth * 4 consecutive elements in v[0..3].
+MMBAL_HD void transpose4(FloatVector a, FloatVector b, FloatVector c, FloatVector d,
+                         FloatVector v[4]) {
+#if defined(__AVX512F__)
+  const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b);
+  const __m512 ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d);
+  const __m512 cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  v[0] = (FloatVector)_mm512_shuffle_ps(ab0, cd0, 0x44);
+  v[1] = (FloatVector)_mm512_shuffle_ps(ab0, cd0, 0xee);
+  v[2] = (FloatVector)_mm512_shuffle_ps(ab1, cd1, 0x44);
+  v[3] = (FloatVector)_mm512_shuffle_ps(ab1, cd1, 0xee);
+#elif defined(__AVX2__)
+  const __m256 ab0 = _mm256_unpacklo_ps((__m256)a, (__m256)b);
+  const __m256 ab1 = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 cd0 = _mm256_unpacklo_ps((__m256)c, (__m256)d);
+  const __m256 cd1 = _mm256_unpackhi_ps((__m256)c, (__m256)d);
+  v[0] = (FloatVector)_mm256_shuffle_ps(ab0, cd0, 0x44);
+  v[1] = (FloatVector)_mm256_shuffle_ps(ab0, cd0, 0xee);
+  v[2] = (FloatVector)_mm256_shuffle_ps(ab1, cd1, 0x44);
+  v[3] = (FloatVector)_mm256_shuffle_ps(ab1, cd1, 0xee);
+#else
+  const FloatVector ab0 = MMBAL_SHUFFLE(a, b, 0, 4, 1, 5);
+  const FloatVector ab1 = MMBAL_SHUFFLE(a, b, 2, 6, 3, 7);
+  const FloatVector cd0 = MMBAL_SHUFFLE(c, d, 0, 4, 1, 5);
+  const FloatVector cd1 = MMBAL_SHUFFLE(c, d, 2, 6, 3, 7);
+  v[0] = MMBAL_SHUFFLE(ab0, cd0, 0, 1, 4, 5);
+  v[1] = MMBAL_SHUFFLE(ab0, cd0, 2, 3, 6, 7);
+  v[2] = MMBAL_SHUFFLE(ab1, cd1, 0, 1, 4, 5);
+  v[3] = MMBAL_SHUFFLE(ab1, cd1, 2, 3, 6, 7);
+#endif
+}
+
+}  // namespace
+}  // namespace mmbal

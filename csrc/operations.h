@@ -1,0 +1,104 @@
+// The operations that csrc/cpu and csrc/cuda implement alike, on raw memory of one device.
+// Arguments are validated by the caller; pointers are memory of the device that runs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "math/modulation.h"
+
+namespace mmbal {
+
+// The elements of one dense gradient, or of one shard of it.
+struct Gradient {
+  void* data;
+  int64_t count;     // > 0
+  DType dtype;
+  int32_t modality;  // row of the coefficients
+  uint32_t id;       // tensor id of the noise
+  int64_t offset;    // global index of element 0
+  int64_t row;       // row of the moments
+};
+
+struct NoiseSource {
+  uint64_t seed;
+  int64_t step;             // used where step_pointer is null
+  const int64_t* step_pointer;
+};
+
+struct Modulation {
+  const float* coefficients;  // [M] float32
+  double noise;
+  double eps;
+  NoiseSource source;
+  const double* moments;      // [T, 3] of the whole tensors, or null: measured here
+  int32_t* status;            // kNonFiniteGradient is or-ed in; may be null
+  int64_t* advance;           // step counter incremented at the end; may be null
+};
+
+// Softmax scores of M modalities over a batch, and what follows from them.
+struct Scores {
+  const void* const* logits;  // M pointers to [B, C], rows contiguous
+  const DType* dtypes;        // M
+  int64_t modalities, batch, classes;
+  const int64_t* labels;      // [B], or null:
+  const void* const* soft;    // M pointers to [B, C] soft labels, in the type of logits[m]
+  int64_t ignore_index;
+  bool accumulate;            // add to the scores already in state
+  float* state;               // [3, M] float32: scores, ratios, coefficients
+  float alpha;
+  Rule rule;                  // kNone leaves the coefficients alone
+  int32_t* status;            // kLabelOutOfRange is or-ed in; may be null
+};
+
+// What of `state` to derive from the row before it.
+struct Derivation {
+  float* state;  // [3, M]
+  int64_t modalities;
+  bool ratios;
+  float alpha;
+  Rule rule;
+};
+
+namespace cpu {
+
+// Writes (count, mean, M2) to rows `row` of out [T, 3].
+void moments(const Gradient* gradients, int64_t count, double* out, int threads);
+void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation, int threads);
+void noise(const Gradient& tensor, const NoiseSource& source, int threads);
+void scores(const Scores& scores, int threads);
+void derive(const Derivation& derivation);
+
+void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Where to run. `workspace` has at least workspace_bytes(...) bytes, was zero when it was allocated
+// and is left so that the next call on the same stream may use it as it is.
+struct Queue {
+  int device;
+  void* stream;
+  void* workspace;
+};
+
+int64_t workspace_bytes(const Gradient* gradients, int64_t count);
+int64_t scores_workspace_bytes(int64_t modalities, int64_t batch);
+
+// As in cpu; each returns once the work is queued. Throws std::runtime_error naming the CUDA call
+// that failed.
+void moments(const Gradient* gradients, int64_t count, double* out, const Queue& queue);
+void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation,
+              const Queue& queue);
+void noise(const Gradient& tensor, const NoiseSource& source, const Queue& queue);
+void scores(const Scores& scores, const Queue& queue);
+void derive(const Derivation& derivation, const Queue& queue);
+void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]);
+
+int device_count();           // 0 where there is no driver
+std::string unavailable();    // why device_count() is 0, else empty
+
+}  // namespace cuda
+}  // namespace mmbal

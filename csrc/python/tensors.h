@@ -1,0 +1,70 @@
+// torch tensors as raw memory, and what is wrong with those that cannot be.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "operations.h"
+#include "python/dlpack.h"
+
+namespace mmbal {
+
+namespace py = pybind11;
+
+// The device type that the CUDA kernels of this module run on: the emulated ones take host memory.
+#if defined(MMBAL_CUDA_EMULATED)
+constexpr DLDeviceType kKernelDevice = kDLCPU;
+#else
+constexpr DLDeviceType kKernelDevice = kDLCUDA;
+#endif
+
+enum class Layout {
+  kDense,        // every element of a block of memory once, in some order of dimensions
+  kSparse,       // gaps between elements
+  kOverlapping,  // elements share memory
+};
+
+struct View {
+  DLTensor tensor;
+  int64_t count;
+  Layout layout;
+
+  void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+  bool on_cpu() const { return tensor.device.device_type == kDLCPU; }
+  bool same_device(const View& other) const {
+    return tensor.device.device_type == other.tensor.device.device_type &&
+           tensor.device.device_id == other.tensor.device.device_id;
+  }
+};
+
+
+// Views any plain torch tensor. Throws TypeError for what has no memory of its own to write to:
+// no tensor, a subclass such as DTensor, a sparse or meta tensor. `name` is called for errors only.
+template <class Name>
+View view(py::handle object, Name&& name);
+
+// The stream that torch's work on a device runs on now.
+void* current_stream(const DLDevice& device);
+
+std::string device_name(const DLDevice& device);
+std::string dtype_name(py::handle tensor);
+
+// Sets *out and returns true for the four types that gradients may have.
+bool gradient_dtype(const DLDataType& type, DType* out);
+
+// Details of view().
+bool is_plain_tensor(py::handle object);
+bool export_view(py::handle object, View* out);
+[[noreturn]] void throw_not_viewable(py::handle object, const std::string& name);
+
+template <class Name>
+View view(py::handle object, Name&& name) {
+  View result;
+  if (!is_plain_tensor(object) || !export_view(object, &result)) {
+    throw_not_viewable(object, name());
+  }
+  return result;
+}
+
+}  // namespace mmbal
