@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from mmbal_fast.nn._late_fusion import masked_logits, unimodal_logits
+from mmbal_fast.nn._mmtm import MMTM
 
-__all__ = ["masked_logits", "unimodal_logits"]
+__all__ = ["MMTM", "masked_logits", "unimodal_logits"]

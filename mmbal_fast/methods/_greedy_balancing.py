@@ -1,0 +1,241 @@
+"""Balanced multi-modal learning: which branch must learn alone, decided on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmbal_fast.methods._greedy_model import Parameters, find_mmtms
+from mmbal_fast.methods._greedy_speed import ConditionalLearningSpeed
+
+
+class GreedyRecord(NamedTuple):
+    """What one step of `GreedyBalancing` found and decided; tensors on the device.
+
+    Attributes:
+        speed: conditional learning speeds, float64 ``[M]``.
+        difference: each speed minus the mean of the others, float64 ``[M]``.
+        branch: int64 ``[]``, the branch whose gates the next step replaces, -1 for none.
+    """
+
+    speed: Tensor
+    difference: Tensor
+    branch: Tensor
+
+
+class GreedyLog(NamedTuple):
+    """The last N steps of `GreedyBalancing`, oldest first; tensors on the device.
+
+    Attributes:
+        step: int64 ``[N]``, from 1.
+        rebalanced: int64 ``[N]``, the branch whose gates were replaced in that step, -1 for none.
+        decision: int64 ``[N]``, the branch for which a window starts after that step, -1 for none.
+        speed: float64 ``[N, M]``, conditional learning speeds after that step.
+    """
+
+    step: Tensor
+    rebalanced: Tensor
+    decision: Tensor
+    speed: Tensor
+
+
+class GreedyBalancing:
+    """Balanced multi-modal learning for a network of branches joined by MMTMs.
+
+    Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep
+    Neural Networks" (ICML 2022), balanced multi-modal learning. `step` goes between ``backward``
+    and the optimizer's step and
+
+    1. adds this step's ``mu`` to the `ConditionalLearningSpeed`, unless this was a rebalancing
+       step: accumulation pauses meanwhile;
+    2. after the warm-up, if one branch's speed exceeds the other's by more than ``epsilon``, opens
+       a window of ``window`` rebalancing steps, in which the gates of that branch are replaced by
+       their running averages in every MMTM, so that it learns from its own modality only.
+
+    After a window comes at least one regular step. For more than two branches, which the paper
+    does not treat, the branch with the largest speed above the mean of the others is chosen; for
+    two branches this is the paper's ``|s_0 - s_1| > epsilon``. A step with non-finite gradients
+    changes nothing, and undefined speeds (a branch without gradients) start no window.
+
+    All of this happens on the device: `step` never makes the host wait. The loss is the sum of the
+    branches' cross-entropies, the prediction the mean of their logits; both are the user's.
+
+    Args:
+        model: contains one or more `mmbal_fast.nn.MMTM`; already on its device.
+        warmup_steps: number of optimizer steps before the first decision. The paper warms up for
+            one epoch: ``len(train_loader)``.
+        epsilon: threshold on the difference of speeds; default 0.01, as in the released code.
+        window: number of rebalancing steps in a window; default 5, as in the released code.
+        branches: the branches' own modules in the order of the MMTMs, see
+            `ConditionalLearningSpeed.from_model`. Default: the model's children.
+        log_size: number of steps that `log` remembers; ``8 * (M + 3)`` bytes each. Default 4096.
+        process_group: see `ConditionalLearningSpeed`; needed for sharded parameters only.
+
+    Raises:
+        ValueError: ``warmup_steps`` or ``epsilon`` negative or NaN, ``window`` or ``log_size``
+            below 1; and what `ConditionalLearningSpeed.from_model` raises.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.functional import cross_entropy
+        >>> from mmbal_fast.methods import GreedyBalancing
+        >>> from mmbal_fast.nn import MMTM
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.image = torch.nn.ModuleList([torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)])
+        ...         self.audio = torch.nn.ModuleList([torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)])
+        ...         self.mmtm = MMTM([4, 4])
+        ...     def forward(self, image, audio):
+        ...         image, audio = self.mmtm(self.image[0](image), self.audio[0](audio))
+        ...         return {"image": self.image[1](image), "audio": self.audio[1](audio)}
+        >>> model = Net()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> balancing = GreedyBalancing(model, warmup_steps=1)
+        >>> target = torch.tensor([0, 1, 2, 0])
+        >>> for _ in range(3):
+        ...     logits = model(torch.randn(4, 8), torch.randn(4, 5))
+        ...     losses = [cross_entropy(each, target) for each in logits.values()]
+        ...     optimizer.zero_grad()
+        ...     sum(losses).backward()
+        ...     record = balancing.step()
+        ...     optimizer.step()
+        >>> balancing.log.step
+        tensor([1, 2, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        warmup_steps: int,
+        epsilon: float = 0.01,
+        window: int = 5,
+        branches: Mapping[str, Parameters] | None = None,
+        log_size: int = 4096,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """See the class."""
+        op = "GreedyBalancing"
+        if not warmup_steps >= 0:
+            raise ValueError(f"{op}: warmup_steps must be at least 0 (got {warmup_steps})")
+        if not epsilon >= 0:
+            raise ValueError(f"{op}: epsilon must be at least 0 (got {epsilon})")
+        if not window >= 1:
+            raise ValueError(f"{op}: window must be at least 1 (got {window})")
+        if not log_size >= 1:
+            raise ValueError(f"{op}: log_size must be at least 1 (got {log_size})")
+        self.warmup_steps = warmup_steps
+        self.epsilon = epsilon
+        self.window = window
+        self.learning_speed = ConditionalLearningSpeed.from_model(
+            model, branches, process_group=process_group
+        )
+        self.branch_names = self.learning_speed.branch_names
+        self._mmtms = find_mmtms(model, op)
+        device = self.learning_speed.speed.device
+        count = len(self.branch_names)
+        self._numbers = torch.arange(count, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._remaining = torch.zeros_like(self._step)
+        self._branch = torch.full_like(self._step, -1)
+        # One row more than is remembered: it takes what a non-finite step would log.
+        self._log = torch.zeros(log_size + 1, 3 + count, dtype=torch.float64, device=device)
+        self._enabled = True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether `step` does anything; set it to False to end balancing, an open window too."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+        if not value:
+            self._remaining.zero_()
+            self._branch.fill_(-1)
+            self._set_gates()
+
+    @torch.no_grad()
+    def step(self) -> GreedyRecord:
+        """Measure, decide, and set the gates of the next step; see the class.
+
+        Call it once for each optimizer step, after ``backward`` (and ``GradScaler.unscale_``).
+
+        Returns:
+            Speeds, differences and the decision, on the device.
+
+        Raises:
+            RuntimeError: no parameter has a gradient.
+        """
+        measure = self.learning_speed
+        if not self._enabled:
+            return GreedyRecord(measure.speed, measure.difference, self._branch.clone())
+        before = self._branch.clone()
+        rebalancing = self._remaining > 0
+        finite = measure.update(active=~rebalancing)
+        self._step.add_(finite)
+        speed, difference = measure.speed, measure.difference
+        largest, fastest = difference.max(0)
+        start = finite & ~rebalancing & (self._step > self.warmup_steps)
+        start &= torch.isfinite(difference).all() & (largest > self.epsilon)
+        left = self._remaining - (rebalancing & finite).to(torch.int64)
+        self._remaining.copy_(torch.where(start, self.window, left))
+        kept = torch.where(left > 0, before, -1)
+        self._branch.copy_(torch.where(start, fastest, kept))
+        self._set_gates()
+        decision = torch.where(start, fastest, -1)
+        row = torch.cat([torch.stack([self._step, before, decision]).to(speed.dtype), speed])
+        last = len(self._log) - 1
+        index = torch.where(finite, (self._step - 1) % last, last)
+        self._log.index_copy_(0, index.view(1), row.view(1, -1))
+        return GreedyRecord(speed, difference, self._branch.clone())
+
+    @property
+    def log(self) -> GreedyLog:
+        """The last steps, oldest first. Reading it waits for the device, for one number."""
+        size = len(self._log) - 1
+        done = int(self._step)
+        kept = min(done, size)
+        order = torch.arange(done - kept, done, device=self._log.device) % size
+        rows = self._log[order]
+        step, rebalanced, decision = rows[:, :3].to(torch.int64).unbind(1)
+        return GreedyLog(step, rebalanced, decision, rows[:, 3:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact resume needs besides the model: sums, counters, open window, log."""
+        return {
+            **self.learning_speed.state_dict(),
+            "step": self._step.clone(),
+            "remaining": self._remaining.clone(),
+            "branch": self._branch.clone(),
+            "log": self._log[:-1].clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume, and set the gates of the model's MMTMs as they were.
+
+        Raises:
+            ValueError: the state is of other branches or of another ``log_size``.
+        """
+        size = len(self._log) - 1
+        if len(state["log"]) != size:
+            raise ValueError(
+                f"GreedyBalancing.load_state_dict: log must have log_size = {size} rows "
+                f"(got {len(state['log'])})"
+            )
+        self.learning_speed.load_state_dict(state)
+        self._step.copy_(state["step"])
+        self._remaining.copy_(state["remaining"])
+        self._branch.copy_(state["branch"])
+        self._log[:-1].copy_(state["log"])
+        self._set_gates()
+
+    def _set_gates(self) -> None:
+        chosen = self._numbers == self._branch
+        for mmtm in self._mmtms:
+            mmtm.average_gate.copy_(chosen)

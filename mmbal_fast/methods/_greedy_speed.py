@@ -1,0 +1,260 @@
+"""Conditional learning speed: how fast each branch learns from the other branches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmbal_fast.functional import squared_norms
+from mmbal_fast.methods._greedy_model import (
+    Parameters,
+    find_mmtms,
+    main_parameters,
+    parameters_of,
+)
+
+
+class ConditionalLearningSpeed:
+    """How fast each branch learns from the others, relative to learning from its own modality.
+
+    Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep
+    Neural Networks" (ICML 2022), conditional learning speed. With
+    ``mu(theta) = ||grad||^2 / ||theta||^2``, summed over the steps::
+
+        s_m = log10( sum_t mu(bypass_m) / sum_t mu(main_m) )
+
+    ``main_m`` are branch m's own parameters, ``bypass_m`` those that carry the other branches'
+    information into it: the gate layers of m and the shared squeeze layers of the MMTMs. A
+    parameter without gradient (frozen, unused) has gradient 0 and stays in the norm of its group.
+    A step with a non-finite ``mu`` is left out. Everything is float64 on the device of the
+    parameters, and no method but the constructor makes the host wait.
+
+    Gradients may be scaled by a constant: it cancels. With ``torch.amp.GradScaler``, whose scale
+    changes, call `update` after ``unscale_``.
+
+    Args:
+        main: own parameters of each branch: for each name a module, parameters, named parameters,
+            or a sequence of these. At least two branches; no parameter in two of them.
+        bypass: the same names; parameters may be shared between branches, not with ``main``.
+        process_group: sums squared norms over the ranks of this group, one all-reduce of at most
+            ``6 M`` doubles for each update. Needed for sharded parameters (FSDP2); under DDP all
+            ranks have the same gradients and nothing need be reduced, though it does no harm.
+
+    Raises:
+        ValueError: fewer than two branches, different names in ``main`` and ``bypass``, a group
+            without parameters or whose weights are all zero, a parameter in two groups that may
+            not share, or sharded parameters without ``process_group``.
+        TypeError: a value that is not made of modules and parameters.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast.methods import ConditionalLearningSpeed
+        >>> theta = {name: torch.nn.Parameter(torch.ones(2)) for name in "abcd"}
+        >>> speed = ConditionalLearningSpeed(
+        ...     main={"image": theta["a"], "audio": theta["b"]},
+        ...     bypass={"image": theta["c"], "audio": theta["d"]},
+        ... )
+        >>> (theta["a"] + theta["b"] + 10 * theta["c"] + theta["d"]).sum().backward()
+        >>> speed.update()
+        tensor(True)
+        >>> speed.speed
+        tensor([2., 0.], dtype=torch.float64)
+        >>> speed.difference
+        tensor([ 2., -2.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        *,
+        main: Mapping[str, Parameters],
+        bypass: Mapping[str, Parameters],
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """See the class."""
+        op = "ConditionalLearningSpeed"
+        self.branch_names = tuple(main)
+        if len(main) < 2:
+            raise ValueError(f"{op}: main must name at least two branches (got {list(main)})")
+        if set(main) != set(bypass):
+            raise ValueError(
+                f"{op}: bypass must name the branches of main, {list(main)} (got {list(bypass)})"
+            )
+        labels = [f"{kind}[{name!r}]" for kind in ("bypass", "main") for name in main]
+        values = [*(bypass[name] for name in main), *main.values()]
+        groups = {
+            label: parameters_of(value, f"{op}: {label}")
+            for label, value in zip(labels, values, strict=True)
+        }
+        members: dict[Tensor, list[int]] = {}
+        for row, (label, parameters) in enumerate(groups.items()):
+            if not parameters:
+                raise ValueError(f"{op}: {label} must hold parameters (got none)")
+            for parameter in parameters:
+                rows = members.setdefault(parameter, [])
+                if rows and row >= len(main):
+                    raise ValueError(
+                        f"{op}: main groups must share no parameter with another group "
+                        f"(got {list(parameter.shape)} in {labels[rows[0]]} and {label})"
+                    )
+                rows.append(row)
+        self.process_group = process_group
+        self._parameters = list(members)
+        # Parameters in the same groups and equally replicated are summed as one class.
+        classes: dict[tuple[tuple[int, ...], float], int] = {}
+        self._classes = [
+            classes.setdefault((tuple(sharers), self._weight(parameter)), len(classes))
+            for parameter, sharers in members.items()
+        ]
+        membership = torch.zeros(len(labels), len(classes), dtype=torch.float64)
+        for (sharing, weight), column in classes.items():
+            membership[list(sharing), column] = weight
+        device = self._parameters[0].device
+        self._membership = membership.to(device)
+        self._totals = torch.zeros(2, len(main), dtype=torch.float64, device=device)
+        norms = self._squared_norms(self._parameters)
+        for label, norm in zip(labels, norms.flatten().tolist(), strict=True):
+            if not (math.isfinite(norm) and norm > 0):
+                raise ValueError(
+                    f"{op}: the weights of {label} must have a squared norm that is finite and "
+                    f"above 0 (got {norm})"
+                )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        branches: Mapping[str, Parameters] | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> ConditionalLearningSpeed:
+        """Assign the parameters of a model with MMTMs by module.
+
+        Args:
+            model: contains one or more `mmbal_fast.nn.MMTM`, all with M branches.
+            branches: the branches' own modules (encoder, classifier), **in the order in which the
+                MMTMs take the branches**: for each name a module, parameters, or a sequence of
+                these. Parameters of MMTMs inside them do not count. Default: the children of
+                ``model`` that have parameters outside the MMTMs, in the order of registration;
+                there must be M of them. Wrappers around a single child are looked through.
+            process_group: as in the constructor.
+
+        Returns:
+            The measure, with the squeeze and gate layers of all MMTMs as ``bypass``.
+
+        Raises:
+            ValueError: no MMTM, MMTMs with different numbers of branches, or a number of branches
+                other than M; and what the constructor raises.
+
+        Example:
+            >>> import torch
+            >>> from mmbal_fast.methods import ConditionalLearningSpeed
+            >>> from mmbal_fast.nn import MMTM
+            >>> model = torch.nn.ModuleDict({
+            ...     "image": torch.nn.Linear(8, 4), "audio": torch.nn.Linear(5, 4),
+            ...     "mmtm": MMTM([4, 4]),
+            ... })
+            >>> ConditionalLearningSpeed.from_model(model).branch_names
+            ('image', 'audio')
+        """
+        op = "ConditionalLearningSpeed.from_model"
+        mmtms = find_mmtms(model, op)
+        main = main_parameters(model, mmtms, branches, op)
+        bypass = {
+            name: [parameter for mmtm in mmtms for parameter in mmtm.bypass_parameters(m)]
+            for m, name in enumerate(main)
+        }
+        return cls(main=main, bypass=bypass, process_group=process_group)
+
+    @torch.no_grad()
+    def update(self, *, active: Tensor | None = None) -> Tensor:
+        """Add this step's ``mu``; call after ``backward`` and before the optimizer's step.
+
+        Args:
+            active: bool ``[]`` on the device of the parameters; where false, nothing is added.
+                Default: add.
+
+        Returns:
+            bool ``[]``: whether all ``mu`` of this step are finite.
+
+        Raises:
+            RuntimeError: no parameter has a gradient.
+        """
+        gradients = [parameter.grad for parameter in self._parameters]
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError(
+                "ConditionalLearningSpeed.update: call it between backward and zero_grad "
+                f"(got no gradient on {len(gradients)} parameters)"
+            )
+        weight, gradient = self._squared_norms(self._parameters, gradients).unbind(1)
+        mu = (gradient / weight).view(2, -1)
+        finite = torch.isfinite(mu).all()
+        add = finite if active is None else finite & active
+        self._totals.copy_(torch.where(add, self._totals + mu, self._totals))
+        return finite
+
+    @property
+    def speed(self) -> Tensor:
+        """``s_m``, float64 ``[M]``; NaN before the first update."""
+        return torch.log10(self._totals[0] / self._totals[1])
+
+    @property
+    def difference(self) -> Tensor:
+        """Each branch's speed minus the mean speed of the others, float64 ``[M]``.
+
+        For two branches ``[d, -d]``, where ``d`` is the paper's ``d_speed = s_0 - s_1``.
+        """
+        speed = self.speed
+        return (speed.unsqueeze(1) - speed).sum(1) / (len(speed) - 1)
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        self._totals.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: the names of the branches and the sums of ``mu``."""
+        return {"branches": list(self.branch_names), "totals": self._totals.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume; the branches must be those of the saved state.
+
+        Raises:
+            ValueError: the state is of other branches.
+        """
+        if list(state["branches"]) != list(self.branch_names):
+            raise ValueError(
+                f"ConditionalLearningSpeed.load_state_dict: branches must be "
+                f"{list(self.branch_names)} (got {list(state['branches'])})"
+            )
+        self._totals.copy_(state["totals"])
+
+    def _weight(self, parameter: Tensor) -> float:
+        """Share of a rank's sum of squares that counts when all ranks' sums are added."""
+        placements: tuple[Any, ...] = getattr(parameter, "placements", ())  # of a DTensor
+        if self.process_group is None:
+            if placements:
+                raise ValueError(
+                    "ConditionalLearningSpeed: sharded parameters need process_group= (got a "
+                    f"DTensor {list(parameter.shape)} with placements {list(placements)})"
+                )
+            return 1.0
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        sharded = (dim for dim, placement in enumerate(placements) if placement.is_shard())
+        shards: int = math.prod(mesh.size(dim) for dim in sharded)
+        return shards / self.process_group.size()
+
+    def _squared_norms(self, *columns: list[Tensor] | list[Tensor | None]) -> Tensor:
+        """``[2 M, columns]``: rows bypass of each branch, then main of each branch."""
+        count = self._membership.shape[1]
+        norms = squared_norms(
+            [getattr(t, "to_local", lambda t=t: t)() for column in columns for t in column],
+            [each + offset * count for offset in range(len(columns)) for each in self._classes],
+            num_groups=count * len(columns),
+        )
+        if self.process_group is not None:
+            dist.all_reduce(norms, group=self.process_group)
+        return self._membership @ norms.view(len(columns), count).T
