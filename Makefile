@@ -1,0 +1,93 @@
+# Everything a developer runs. `make` lists it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+CONSTRAINTS := requirements/constraints.txt
+CPP := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# Extra arguments for pytest, as in `make test ARGS="-k philox -x"`.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format typecheck build native sanitize bench gpu-check wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.has-demo native ## train on colored digits with and without modulation, 3 minutes
+	$(BIN)/mmbal-fast demo
+
+test: $(VENV)/.has-test build ## the whole test-suite
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.has-lint typecheck ## style of Python and C++, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.has-lint ## rewrite Python and C++ in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+typecheck: $(VENV)/.has-lint ## mypy --strict
+	$(BIN)/mypy
+
+# Both are incremental: a touched file compiles alone.
+native: $(VENV)/.has-build
+	$(RUN) setup.py --quiet build_ext --inplace
+
+build: $(VENV)/.has-build ## the native module in place, and its emulated CUDA twin for the tests
+	MMBAL_BUILD_EMULATED=1 $(RUN) setup.py --quiet build_ext --inplace
+
+# In a copy of the tree, so that the modules of `make build` stay as they are. Python itself is not
+# instrumented: the sanitizer's runtime is loaded first, and its leaks are not ours.
+SANITIZED := build/sanitize
+SANITIZE_TESTS ?= tests/functional tests/emulation
+sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	mkdir -p $(SANITIZED)
+	rm -rf $(addprefix $(SANITIZED)/,mmbal_fast csrc cmake tests)
+	cp -Rp mmbal_fast csrc cmake tests CMakeLists.txt setup.py pyproject.toml $(SANITIZED)
+	find $(SANITIZED)/mmbal_fast $(SANITIZED)/tests -name '*.so' -delete
+	cd $(SANITIZED) && MMBAL_CPU_ONLY=1 MMBAL_WERROR=1 MMBAL_BUILD_EMULATED=1 \
+	    MMBAL_SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	    $(abspath $(RUN)) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+
+bench: $(VENV)/.has-test native ## time the step against the published loop
+	$(RUN) -m pytest benchmarks $(ARGS)
+
+# Runs with the python3 that holds torch, on machines that reach no network.
+gpu-check: ## on a machine with a GPU: build, test, compute-sanitizer, timings
+	$(PYTHON) benchmarks/gpu_check.py
+
+wheel: $(VENV)/.has-build ## a wheel in dist/, for this machine's Python
+	$(RUN) -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean: ## forget what was built, keep .venv
+	rm -rf build dist *.egg-info mmbal_fast/*.so tests/emulation/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# ---- The environment: a stamp for each extra of pyproject.toml ---------------------------------
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "mmbal_fast needs Python 3.10 or later (got $$($(PYTHON) -V 2>&1));" \
+	         "name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu:" \
+	         "apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.has-build: requirements/build.txt $(CONSTRAINTS) | $(RUN)
+	$(RUN) -m pip install -q -r requirements/build.txt -c $(CONSTRAINTS)
+	@touch $@
+
+# Pure Python here, because `native` and `build` put the module in place and show their work.
+$(VENV)/.has-%: $(VENV)/.has-build pyproject.toml
+	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
