@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from mmbal_fast.reference._blending import (
+    blended_cross_entropy,
+    blending_weights,
+    overfitting_to_generalization_ratio,
+)
 from mmbal_fast.reference._noise import noise_like
+from mmbal_fast.reference._norms import squared_norms
 from mmbal_fast.reference._ogm import (
     Rule,
     contribution_scores,
@@ -14,10 +20,14 @@ from mmbal_fast.reference._ogm import (
 
 __all__ = [
     "Rule",
+    "blended_cross_entropy",
+    "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
     "gradient_moments",
     "modulate_",
     "modulation_coefficients",
     "noise_like",
+    "overfitting_to_generalization_ratio",
+    "squared_norms",
 ]
