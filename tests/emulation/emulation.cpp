@@ -1,7 +1,7 @@
-// Scheduler of fibers and the host API behind the stand-in <cuda_runtime.h>, which says what it proves.
+// Scheduler of fibers and the host API behind the stand-in <cuda_runtime.h>, which says what it
+// proves.
 #include <cuda_runtime.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -28,7 +28,8 @@ __thread dim3 gridDim;
 
 #ifdef __x86_64__
 // void (void** save, void* restore): swapcontext without its system calls for the signal mask.
-extern "C" void mmbal_emulation_switch(void** save, void* restore) __attribute__((visibility("hidden")));
+extern "C" void mmbal_emulation_switch(void** save, void* restore)
+    __attribute__((visibility("hidden")));
 __asm__(R"(
 .text
 .hidden mmbal_emulation_switch
@@ -64,160 +65,167 @@ void fiber_main();
 
 // A stack with a guard page below, and the place where it was left.
 class Stack {
-  public:
-    Stack() : guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
-        void* memory = mmap(nullptr, guard_ + stack_bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED || mprotect(memory, guard_, PROT_NONE) != 0) {
-            std::perror("cuda emulation: stack of a thread");
-            std::abort();
-        }
-        base_ = static_cast<char*>(memory) + guard_;
+ public:
+  Stack() : guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+    void* memory = mmap(nullptr, guard_ + stack_bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, guard_, PROT_NONE) != 0) {
+      std::perror("cuda emulation: stack of a thread");
+      std::abort();
     }
-    Stack(const Stack&) = delete;
-    Stack& operator=(const Stack&) = delete;
-    ~Stack() { munmap(base_ - guard_, guard_ + stack_bytes); }
+    base_ = static_cast<char*>(memory) + guard_;
+  }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+  ~Stack() { munmap(base_ - guard_, guard_ + stack_bytes); }
 
-    // Next enter() starts fiber_main, whatever the stack held.
-    void prepare() {
+  // Next enter() starts fiber_main.
+  void prepare() {
 #ifdef MMBAL_EMULATION_ASAN
-        __asan_unpoison_memory_region(base_, stack_bytes);  // a deadlocked fiber never left its frames
-        fake_ = nullptr;
+    fake_ = nullptr;
 #endif
 #ifdef __x86_64__
-        void** top = reinterpret_cast<void**>(base_ + stack_bytes);
-        std::fill(top - 8, top, nullptr);  // six registers, return address, return address of fiber_main
-        top[-2] = reinterpret_cast<void*>(&fiber_main);
-        fiber_ = top - 8;
+    void** top = reinterpret_cast<void**>(base_ + stack_bytes);
+    std::fill(top - 8, top,
+              nullptr);  // six registers, return address, return address of fiber_main
+    top[-2] = reinterpret_cast<void*>(&fiber_main);
+    fiber_ = top - 8;
 #else
-        getcontext(&fiber_);
-        fiber_.uc_stack.ss_sp = base_;
-        fiber_.uc_stack.ss_size = stack_bytes;
-        fiber_.uc_link = nullptr;
-        makecontext(&fiber_, fiber_main, 0);
+    getcontext(&fiber_);
+    fiber_.uc_stack.ss_sp = base_;
+    fiber_.uc_stack.ss_size = stack_bytes;
+    fiber_.uc_link = nullptr;
+    makecontext(&fiber_, fiber_main, 0);
 #endif
-    }
+  }
 
-    // Scheduler: run the fiber until it leaves.
-    void enter() {
+  // The fiber that waits here will never leave its frames.
+  void abandon() {
 #ifdef MMBAL_EMULATION_ASAN
-        void* fake = nullptr;
-        __sanitizer_start_switch_fiber(&fake, base_, stack_bytes);
+    __asan_unpoison_memory_region(base_, stack_bytes);
+#endif
+  }
+
+  // Scheduler: run the fiber until it leaves.
+  void enter() {
+#ifdef MMBAL_EMULATION_ASAN
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, base_, stack_bytes);
 #endif
 #ifdef __x86_64__
-        mmbal_emulation_switch(&scheduler_, fiber_);
+    mmbal_emulation_switch(&scheduler_, fiber_);
 #else
-        swapcontext(&scheduler_, &fiber_);
+    swapcontext(&scheduler_, &fiber_);
 #endif
 #ifdef MMBAL_EMULATION_ASAN
-        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
-    }
+  }
 
-    // Fiber: to be called first.
-    void entered() {
+  // Fiber: to be called first.
+  void entered() {
 #ifdef MMBAL_EMULATION_ASAN
-        __sanitizer_finish_switch_fiber(fake_, &caller_, &caller_bytes_);
+    __sanitizer_finish_switch_fiber(fake_, &caller_, &caller_bytes_);
 #endif
-    }
+  }
 
-    // Fiber: back to the scheduler.
-    void leave([[maybe_unused]] bool for_good) {
+  // Fiber: back to the scheduler.
+  void leave([[maybe_unused]] bool for_good) {
 #ifdef MMBAL_EMULATION_ASAN
-        __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_, caller_, caller_bytes_);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_, caller_, caller_bytes_);
 #endif
 #ifdef __x86_64__
-        mmbal_emulation_switch(&fiber_, scheduler_);
+    mmbal_emulation_switch(&fiber_, scheduler_);
 #else
-        swapcontext(&fiber_, &scheduler_);
+    swapcontext(&fiber_, &scheduler_);
 #endif
-        entered();
-    }
+    entered();
+  }
 
-  private:
-    size_t guard_;
-    char* base_;
+ private:
+  size_t guard_;
+  char* base_;
 #ifdef __x86_64__
-    void* fiber_ = nullptr;
-    void* scheduler_ = nullptr;
+  void* fiber_ = nullptr;
+  void* scheduler_ = nullptr;
 #else
-    ucontext_t fiber_, scheduler_;
+  ucontext_t fiber_, scheduler_;
 #endif
 #ifdef MMBAL_EMULATION_ASAN
-    void* fake_ = nullptr;
-    const void* caller_ = nullptr;
-    size_t caller_bytes_ = 0;
+  void* fake_ = nullptr;
+  const void* caller_ = nullptr;
+  size_t caller_bytes_ = 0;
 #endif
 };
 
 struct Fiber {
-    enum State { runs, yields, in_block_barrier, in_warp_collective, exited };
-    State state = runs;
-    uint3 index{};
-    std::unique_ptr<Stack> stack;  // none before its first instruction and after its last
+  enum State { runs, yields, in_block_barrier, in_warp_collective, exited };
+  State state = runs;
+  uint3 index{};
+  std::unique_ptr<Stack> stack;  // none before its first instruction and after its last
 
-    // What it waits for, or what it got.
-    const char* operation = nullptr;
-    Location at{};
-    unsigned mask = 0;
-    int source = 0;
-    uint64_t value = 0;
+  // What it waits for, or what it got.
+  const char* operation = nullptr;
+  Location at{};
+  unsigned mask = 0;
+  int source = 0;
+  uint64_t value = 0;
 };
 
 struct Warp {  // a bit per lane
-    unsigned alive = 0, ready = 0, yielded = 0, waiting = 0;
+  unsigned alive = 0, ready = 0, yielded = 0, waiting = 0;
 };
 
 // 0..count-1 in an order that a seed determines; seed 0 keeps it.
 class Order {
-  public:
-    Order(uint64_t seed, uint64_t count) : count_(count) {
-        if (seed == 0) return;
-        const uint64_t random = seed * 0x9e3779b97f4a7c15u;
-        start_ = (random >> 40) % count;
-        stride_ = random >> 63 ? count - 1 : (random >> 20) % count;
-        while (std::gcd(stride_, count) != 1) ++stride_;
-    }
-    uint64_t operator[](uint64_t i) const {
-        return (start_ + i % count_ * (stride_ % count_)) % count_;
-    }
+ public:
+  Order(uint64_t seed, uint64_t count) : count_(count) {
+    if (seed == 0) return;
+    const uint64_t random = seed * 0x9e3779b97f4a7c15u;
+    start_ = (random >> 40) % count;
+    stride_ = random >> 63 ? count - 1 : (random >> 20) % count;
+    while (std::gcd(stride_, count) != 1) ++stride_;
+  }
+  uint64_t operator[](uint64_t i) const {
+    return (start_ + i % count_ * (stride_ % count_)) % count_;
+  }
 
-  private:
-    uint64_t count_, start_ = 0, stride_ = 1;
+ private:
+  uint64_t count_, start_ = 0, stride_ = 1;
 };
 
 // One grid. Its workers share it.
 struct Launch {
-    const cudaLaunchConfig_t* config;
-    void (*run)(void*);
-    void* arguments;
-    uint64_t seed;
-    uint64_t blocks;
-    Order order;
-    int workers;
-    std::atomic<uint64_t> next{0};
-    std::atomic<bool> failed{false};
+  const cudaLaunchConfig_t* config;
+  void (*run)(void*);
+  void* arguments;
+  uint64_t seed;
+  uint64_t blocks;
+  Order order;
+  int workers;
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> failed{false};
 
-    // All workers spin and nothing has changed since each of them looked: nobody will ever go on.
-    std::mutex mutex;
-    uint64_t epoch = 0;
-    int settled = 0;
+  // All workers spin and nothing has changed since each of them looked: nobody will ever go on.
+  std::mutex mutex;
+  uint64_t epoch = 0;
+  int settled = 0;
 
-    void changed(bool worker_ends = false) {
-        std::lock_guard<std::mutex> lock(mutex);
-        ++epoch;
-        settled = 0;
-        workers -= worker_ends;
+  void changed(bool worker_ends = false) {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++epoch;
+    settled = 0;
+    workers -= worker_ends;
+  }
+  bool stuck(uint64_t& seen, int& looks) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (seen != epoch) {
+      seen = epoch;
+      looks = 0;
     }
-    bool stuck(uint64_t& seen, int& looks) {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (seen != epoch) {
-            seen = epoch;
-            looks = 0;
-        }
-        if (++looks == 1000) ++settled;
-        return settled == workers;
-    }
+    if (++looks == 1000) ++settled;
+    return settled == workers;
+  }
 };
 
 class Worker;
@@ -225,253 +233,261 @@ thread_local Worker* current = nullptr;
 
 // Runs blocks one after another on one OS thread.
 class Worker {
-  public:
-    void run(Launch& launch) {
-        current = this;
-        launch_ = &launch;
-        blockDim = launch.config->blockDim;
-        gridDim = launch.config->gridDim;
-        const size_t dynamic_bytes = launch.config->dynamicSmemBytes;
-        dynamic_ = dynamic_bytes ? std::malloc(dynamic_bytes) : nullptr;
-        for (uint64_t i; !launch.failed && (i = launch.next++) < launch.blocks;) {
-            const uint64_t block = launch.order[i];
-            blockIdx = {static_cast<unsigned>(block % gridDim.x),
-                        static_cast<unsigned>(block / gridDim.x % gridDim.y),
-                        static_cast<unsigned>(block / gridDim.x / gridDim.y)};
-            if (dynamic_bytes) std::memset(dynamic_, 0xff, dynamic_bytes);
-            random_ = launch.seed == 0 ? 0 : (launch.seed + block) * 0x9e3779b97f4a7c15u | 1;
-            run_block();
+ public:
+  void run(Launch& launch) {
+    current = this;
+    launch_ = &launch;
+    blockDim = launch.config->blockDim;
+    gridDim = launch.config->gridDim;
+    const size_t dynamic_bytes = launch.config->dynamicSmemBytes;
+    dynamic_ = dynamic_bytes ? std::malloc(dynamic_bytes) : nullptr;
+    for (uint64_t i; !launch.failed && (i = launch.next++) < launch.blocks;) {
+      const uint64_t block = launch.order[i];
+      blockIdx = {static_cast<unsigned>(block % gridDim.x),
+                  static_cast<unsigned>(block / gridDim.x % gridDim.y),
+                  static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+      if (dynamic_bytes) std::memset(dynamic_, 0xff, dynamic_bytes);
+      random_ = launch.seed == 0 ? 0 : (launch.seed + block) * 0x9e3779b97f4a7c15u | 1;
+      run_block();
+    }
+    launch.changed(true);
+    std::free(dynamic_);
+    current = nullptr;
+  }
+
+  Fiber& running() { return *running_; }
+  int lane() const { return static_cast<int>((running_ - fibers_.data()) % warpSize); }
+  void* dynamic() const { return dynamic_; }
+
+  void suspend(Fiber::State state) {
+    running_->state = state;
+    running_->stack->leave(false);
+  }
+
+  void fiber_main() {
+    running_->stack->entered();
+    launch_->run(launch_->arguments);
+    running_->state = Fiber::exited;
+    running_->stack->leave(true);
+  }
+
+ private:
+  void run_block() {
+    const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+    fibers_.resize(threads);
+    warps_.assign((threads + warpSize - 1) / warpSize, Warp{});
+    for (unsigned t = 0; t < threads; ++t) {
+      fibers_[t].state = Fiber::runs;
+      fibers_[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+      warps_[t / warpSize].alive |= 1u << t % warpSize;
+    }
+    for (Warp& warp : warps_) warp.ready = warp.alive;
+    alive_ = threads;
+    waiting_ = 0;
+
+    const Order order(random_, warps_.size());
+    bool spins = false;
+    uint64_t epoch = 0;
+    int looks = 0;
+    while (alive_ != 0) {
+      bool progress = false, yielded = false;
+      for (size_t w = 0; w < warps_.size(); ++w) {
+        Warp& warp = warps_[order[w]];
+        while (warp.ready != 0) {
+          const int lane = pick(warp.ready);
+          warp.ready &= ~(1u << lane);
+          progress |= resume(warp, order[w] * warpSize + static_cast<size_t>(lane));
         }
-        launch.changed(true);
-        std::free(dynamic_);
-        current = nullptr;
+      }
+      for (Warp& warp : warps_) {
+        yielded |= warp.yielded != 0;
+        warp.ready |= warp.yielded;
+        warp.yielded = 0;
+      }
+      if (!progress && yielded) {
+        if (!spins) launch_->changed();
+        if (launch_->failed) return abandon();
+        if (launch_->stuck(epoch, looks)) return report();
+        std::this_thread::yield();
+      } else if (!progress) {
+        return report();
+      } else if (spins) {
+        launch_->changed();
+      }
+      spins = !progress;
     }
+  }
 
-    Fiber& running() { return *running_; }
-    int lane() const { return static_cast<int>((running_ - fibers_.data()) % warpSize); }
-    void* dynamic() const { return dynamic_; }
+  int pick(unsigned lanes) {
+    if (random_ == 0) return __builtin_ctz(lanes);
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    const int start = static_cast<int>(random_ >> 59);
+    const unsigned from_start = lanes & ~0u << start;
+    return __builtin_ctz(from_start ? from_start : lanes);
+  }
 
-    void suspend(Fiber::State state) {
-        running_->state = state;
-        running_->stack->leave(false);
+  // Runs a thread until it waits; false if all it did was to spin.
+  bool resume(Warp& warp, size_t thread) {
+    Fiber& fiber = fibers_[thread];
+    if (!fiber.stack) {
+      if (stacks_.empty()) stacks_.push_back(std::make_unique<Stack>());
+      fiber.stack = std::move(stacks_.back());
+      stacks_.pop_back();
+      fiber.stack->prepare();
     }
+    const bool spun = fiber.state == Fiber::yields;
+    running_ = &fiber;
+    threadIdx = fiber.index;
+    fiber.stack->enter();
 
-    void fiber_main() {
-        running_->stack->entered();
-        launch_->run(launch_->arguments);
-        running_->state = Fiber::exited;
-        running_->stack->leave(true);
+    const unsigned bit = 1u << thread % warpSize;
+    switch (fiber.state) {
+      case Fiber::exited:
+        stacks_.push_back(std::move(fiber.stack));
+        --alive_;
+        warp.alive &= ~bit;
+        release_block();
+        for (unsigned lanes = warp.waiting; lanes != 0; lanes &= lanes - 1)
+          release_warp(warp, __builtin_ctz(lanes));
+        break;
+      case Fiber::in_block_barrier:
+        ++waiting_;
+        release_block();
+        break;
+      case Fiber::in_warp_collective:
+        warp.waiting |= bit;
+        release_warp(warp, static_cast<int>(thread % warpSize));
+        break;
+      default:
+        warp.yielded |= bit;
+        return !spun;
     }
+    return true;
+  }
 
-  private:
-    void run_block() {
-        const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
-        fibers_.resize(threads);
-        warps_.assign((threads + warpSize - 1) / warpSize, Warp{});
-        for (unsigned t = 0; t < threads; ++t) {
-            fibers_[t].state = Fiber::runs;
-            fibers_[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-            warps_[t / warpSize].alive |= 1u << t % warpSize;
-        }
-        for (Warp& warp : warps_) warp.ready = warp.alive;
-        alive_ = threads;
-        waiting_ = 0;
+  static bool same_place(const Fiber& a, const Fiber& b) {
+    return a.operation == b.operation && a.at.line == b.at.line &&
+           std::strcmp(a.at.file, b.at.file) == 0;
+  }
 
-        const Order order(random_, warps_.size());
-        bool spins = false;
-        uint64_t epoch = 0;
-        int looks = 0;
-        while (alive_ != 0) {
-            bool progress = false, yielded = false;
-            for (size_t w = 0; w < warps_.size(); ++w) {
-                Warp& warp = warps_[order[w]];
-                while (warp.ready != 0) {
-                    const int lane = pick(warp.ready);
-                    warp.ready &= ~(1u << lane);
-                    progress |= resume(warp, order[w] * warpSize + static_cast<size_t>(lane));
-                }
-            }
-            for (Warp& warp : warps_) {
-                yielded |= warp.yielded != 0;
-                warp.ready |= warp.yielded;
-                warp.yielded = 0;
-            }
-            if (!progress && yielded) {
-                if (!spins) launch_->changed();
-                if (launch_->failed) return abandon();
-                if (launch_->stuck(epoch, looks)) return report();
-                std::this_thread::yield();
-            } else if (!progress) {
-                return report();
-            } else if (spins) {
-                launch_->changed();
-            }
-            spins = !progress;
-        }
+  // Lets the block go on if all threads that live are at one barrier.
+  void release_block() {
+    if (waiting_ == 0 || waiting_ != alive_) return;
+    const Fiber* first = nullptr;
+    uint64_t count = 0;
+    for (const Fiber& fiber : fibers_) {
+      if (fiber.state == Fiber::exited) continue;
+      if (first == nullptr) first = &fiber;
+      if (!same_place(*first, fiber)) return;
+      count += fiber.value;
     }
+    waiting_ = 0;
+    for (Fiber& fiber : fibers_)
+      if (fiber.state != Fiber::exited) fiber.value = count;
+    for (Warp& warp : warps_) warp.ready = warp.alive;
+  }
 
-    int pick(unsigned lanes) {
-        if (random_ == 0) return __builtin_ctz(lanes);
-        random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
-        const int start = static_cast<int>(random_ >> 59);
-        const unsigned from_start = lanes & ~0u << start;
-        return __builtin_ctz(from_start ? from_start : lanes);
+  // Lets a lane and those of its mask go on if all that live are at one collective.
+  void release_warp(Warp& warp, int lane) {
+    Fiber* const lanes = &fibers_[static_cast<size_t>(&warp - warps_.data()) * warpSize];
+    const Fiber& asking = lanes[lane];
+    const unsigned members = asking.mask & warp.alive;
+    if ((members & ~warp.waiting) != 0 || (members >> lane & 1) == 0) return;
+    uint64_t values[warpSize], ballot = 0;
+    for (int i = 0; i < warpSize; ++i) {
+      values[i] = garbage;
+      if ((members >> i & 1) == 0) continue;
+      if (lanes[i].operation != asking.operation || lanes[i].mask != asking.mask) return;
+      values[i] = lanes[i].value;
+      ballot |= (values[i] & 1) << i;
     }
+    for (int i = 0; i < warpSize; ++i)
+      if (members >> i & 1) lanes[i].value = lanes[i].source < 0 ? ballot : values[lanes[i].source];
+    warp.waiting &= ~members;
+    warp.ready |= members;
+  }
 
-    // Runs a thread until it waits; false if all it did was to spin.
-    bool resume(Warp& warp, size_t thread) {
-        Fiber& fiber = fibers_[thread];
-        if (!fiber.stack) {
-            if (stacks_.empty()) stacks_.push_back(std::make_unique<Stack>());
-            fiber.stack = std::move(stacks_.back());
-            stacks_.pop_back();
-            fiber.stack->prepare();
-        }
-        const bool spun = fiber.state == Fiber::yields;
-        running_ = &fiber;
-        threadIdx = fiber.index;
-        fiber.stack->enter();
-
-        const unsigned bit = 1u << thread % warpSize;
-        switch (fiber.state) {
-            case Fiber::exited:
-                stacks_.push_back(std::move(fiber.stack));
-                --alive_;
-                warp.alive &= ~bit;
-                release_block();
-                for (unsigned lanes = warp.waiting; lanes != 0; lanes &= lanes - 1) release_warp(warp, __builtin_ctz(lanes));
-                break;
-            case Fiber::in_block_barrier:
-                ++waiting_;
-                release_block();
-                break;
-            case Fiber::in_warp_collective:
-                warp.waiting |= bit;
-                release_warp(warp, static_cast<int>(thread % warpSize));
-                break;
-            default:
-                warp.yielded |= bit;
-                return !spun;
-        }
-        return true;
+  void report() {
+    std::map<std::string, int> places;
+    for (const Fiber& fiber : fibers_) {
+      char place[512] = "exited";
+      if (fiber.state == Fiber::yields) {
+        std::snprintf(place, sizeof place, "spin in __nanosleep");
+      } else if (fiber.state != Fiber::exited) {
+        char mask[32] = "";
+        if (fiber.state == Fiber::in_warp_collective)
+          std::snprintf(mask, sizeof mask, " mask 0x%08x", fiber.mask);
+        std::snprintf(place, sizeof place, "wait at %s%s (%s:%d, %s)", fiber.operation, mask,
+                      fiber.at.file, fiber.at.line, fiber.at.function);
+      }
+      ++places[place];
     }
+    std::string text;
+    for (const auto& place : places)
+      text += (text.empty() ? "" : "; ") + std::to_string(place.second) + " " + place.first;
+    std::fprintf(stderr, "cuda emulation: deadlock in block (%u, %u, %u) of %zu threads: %s\n",
+                 blockIdx.x, blockIdx.y, blockIdx.z, fibers_.size(), text.c_str());
+    launch_->failed = true;
+    abandon();
+  }
 
-    static bool same_place(const Fiber& a, const Fiber& b) {
-        return a.operation == b.operation && a.at.line == b.at.line && std::strcmp(a.at.file, b.at.file) == 0;
+  void abandon() {
+    for (Fiber& fiber : fibers_) {
+      if (!fiber.stack) continue;
+      fiber.stack->abandon();
+      stacks_.push_back(std::move(fiber.stack));
     }
+  }
 
-    // Lets the block go on if all threads that live are at one barrier.
-    void release_block() {
-        if (waiting_ == 0 || waiting_ != alive_) return;
-        const Fiber* first = nullptr;
-        uint64_t count = 0;
-        for (const Fiber& fiber : fibers_) {
-            if (fiber.state == Fiber::exited) continue;
-            if (first == nullptr) first = &fiber;
-            if (!same_place(*first, fiber)) return;
-            count += fiber.value;
-        }
-        waiting_ = 0;
-        for (Fiber& fiber : fibers_)
-            if (fiber.state != Fiber::exited) fiber.value = count;
-        for (Warp& warp : warps_) warp.ready = warp.alive;
-    }
-
-    // Lets a lane and those of its mask go on if all that live are at one collective.
-    void release_warp(Warp& warp, int lane) {
-        Fiber* const lanes = &fibers_[static_cast<size_t>(&warp - warps_.data()) * warpSize];
-        const Fiber& asking = lanes[lane];
-        const unsigned members = asking.mask & warp.alive;
-        if ((members & ~warp.waiting) != 0 || (members >> lane & 1) == 0) return;
-        uint64_t values[warpSize], ballot = 0;
-        for (int i = 0; i < warpSize; ++i) {
-            values[i] = garbage;
-            if ((members >> i & 1) == 0) continue;
-            if (lanes[i].operation != asking.operation || lanes[i].mask != asking.mask) return;
-            values[i] = lanes[i].value;
-            ballot |= (values[i] & 1) << i;
-        }
-        for (int i = 0; i < warpSize; ++i)
-            if (members >> i & 1) lanes[i].value = lanes[i].source < 0 ? ballot : values[lanes[i].source];
-        warp.waiting &= ~members;
-        warp.ready |= members;
-    }
-
-    void report() {
-        std::map<std::string, int> places;
-        for (const Fiber& fiber : fibers_) {
-            char place[512] = "exited";
-            if (fiber.state == Fiber::yields) {
-                std::snprintf(place, sizeof place, "spin in __nanosleep");
-            } else if (fiber.state != Fiber::exited) {
-                char mask[32] = "";
-                if (fiber.state == Fiber::in_warp_collective) std::snprintf(mask, sizeof mask, " mask 0x%08x", fiber.mask);
-                std::snprintf(place, sizeof place, "wait at %s%s (%s:%d, %s)", fiber.operation, mask, fiber.at.file,
-                              fiber.at.line, fiber.at.function);
-            }
-            ++places[place];
-        }
-        std::string text;
-        for (const auto& place : places) text += (text.empty() ? "" : "; ") + std::to_string(place.second) + " " + place.first;
-        std::fprintf(stderr, "cuda emulation: deadlock in block (%u, %u, %u) of %zu threads: %s\n", blockIdx.x, blockIdx.y,
-                     blockIdx.z, fibers_.size(), text.c_str());
-        launch_->failed = true;
-        abandon();
-    }
-
-    void abandon() {
-        for (Fiber& fiber : fibers_)
-            if (fiber.stack) stacks_.push_back(std::move(fiber.stack));
-    }
-
-    Launch* launch_ = nullptr;
-    void* dynamic_ = nullptr;
-    uint64_t random_ = 0;
-    std::vector<Fiber> fibers_;
-    std::vector<Warp> warps_;
-    std::vector<std::unique_ptr<Stack>> stacks_;  // free ones
-    Fiber* running_ = nullptr;
-    size_t alive_ = 0, waiting_ = 0;  // of the block
+  Launch* launch_ = nullptr;
+  void* dynamic_ = nullptr;
+  uint64_t random_ = 0;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<Stack>> stacks_;  // free ones
+  Fiber* running_ = nullptr;
+  size_t alive_ = 0, waiting_ = 0;  // of the block
 };
 
 void fiber_main() { current->fiber_main(); }
 
 uint64_t environment(const char* name, uint64_t otherwise) {
-    const char* text = std::getenv(name);
-    return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
+  const char* text = std::getenv(name);
+  return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t record(cudaError_t error) {
-    if (error != cudaSuccess) last_error = error;
-    return error;
+  if (error != cudaSuccess) last_error = error;
+  return error;
 }
 
 bool valid(const dim3& size, uint64_t x, uint64_t y, uint64_t z) {
-    return size.x >= 1 && size.y >= 1 && size.z >= 1 && size.x <= x && size.y <= y && size.z <= z;
+  return size.x >= 1 && size.y >= 1 && size.z >= 1 && size.x <= x && size.y <= y && size.z <= z;
 }
 
 }  // namespace
 
 int block_barrier(const char* operation, bool predicate, Location at) {
-    Fiber& fiber = current->running();
-    fiber.operation = operation;
-    fiber.at = at;
-    fiber.value = predicate;
-    current->suspend(Fiber::in_block_barrier);
-    return static_cast<int>(fiber.value);
+  Fiber& fiber = current->running();
+  fiber.operation = operation;
+  fiber.at = at;
+  fiber.value = predicate;
+  current->suspend(Fiber::in_block_barrier);
+  return static_cast<int>(fiber.value);
 }
 
-uint64_t warp_collective(const char* operation, unsigned mask, uint64_t value, int source_lane, Location at) {
-    Fiber& fiber = current->running();
-    fiber.operation = operation;
-    fiber.at = at;
-    fiber.mask = mask;
-    fiber.value = value;
-    fiber.source = source_lane;
-    current->suspend(Fiber::in_warp_collective);
-    return fiber.value;
+uint64_t warp_collective(const char* operation, unsigned mask, uint64_t value, int source_lane,
+                         Location at) {
+  Fiber& fiber = current->running();
+  fiber.operation = operation;
+  fiber.at = at;
+  fiber.mask = mask;
+  fiber.value = value;
+  fiber.source = source_lane;
+  current->suspend(Fiber::in_warp_collective);
+  return fiber.value;
 }
 
 void yield() { current->suspend(Fiber::yields); }
@@ -479,56 +495,61 @@ int lane() { return current->lane(); }
 void* dynamic_shared() { return current->dynamic(); }
 
 Counters& counters() {
-    static Counters counters;
-    return counters;
+  static Counters counters;
+  return counters;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*), void* arguments) {
-    constexpr size_t most_shared = 227 * 1024, most_parameters = 32764;
-    if (config == nullptr) return record(cudaErrorInvalidValue);
-    const dim3 &grid = config->gridDim, &block = config->blockDim;
-    if (!valid(grid, 0x7fffffff, 65535, 65535) || !valid(block, 1024, 1024, 64) ||
-        uint64_t{block.x} * block.y * block.z > 1024)
-        return record(cudaErrorInvalidConfiguration);
-    if (parameter_bytes > most_parameters || config->dynamicSmemBytes > most_shared) return record(cudaErrorInvalidValue);
-    for (unsigned i = 0; i < config->numAttrs; ++i)
-        if (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative)
-            return record(cudaErrorNotSupported);
+cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*),
+                   void* arguments) {
+  constexpr size_t most_shared = 227 * 1024, most_parameters = 32764;
+  if (config == nullptr) return record(cudaErrorInvalidValue);
+  const dim3 &grid = config->gridDim, &block = config->blockDim;
+  if (!valid(grid, 0x7fffffff, 65535, 65535) || !valid(block, 1024, 1024, 64) ||
+      uint64_t{block.x} * block.y * block.z > 1024)
+    return record(cudaErrorInvalidConfiguration);
+  if (parameter_bytes > most_parameters || config->dynamicSmemBytes > most_shared)
+    return record(cudaErrorInvalidValue);
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative)
+      return record(cudaErrorNotSupported);
 
-    static std::mutex one_at_a_time;
-    static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
-    std::lock_guard<std::mutex> lock(one_at_a_time);
-    ++counters().launches;
+  static std::mutex one_at_a_time;
+  static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++counters().launches;
 
-    const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
-    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
 #ifdef MMBAL_EMULATION_ASAN
-    const uint64_t workers = 1;  // they would share `__shared__`
+  const uint64_t workers = 1;  // they would share `__shared__`
 #else
-    const uint64_t workers = std::min({std::max<uint64_t>(environment("MMBAL_EMULATION_THREADS", 1), 1), blocks, uint64_t{64}});
+  const uint64_t workers = std::min(
+      {std::max<uint64_t>(environment("MMBAL_EMULATION_THREADS", 1), 1), blocks, uint64_t{64}});
 #endif
-    while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
-    Launch state{config, run, arguments, seed, blocks, Order(seed, blocks), static_cast<int>(workers), {}, {}, {}, 0, 0};
-    std::vector<std::thread> threads;
-    for (uint64_t i = 1; i < workers; ++i) threads.emplace_back([&state, worker = pool[i].get()] { worker->run(state); });
-    pool[0]->run(state);
-    for (std::thread& thread : threads) thread.join();
-    return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
+  while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
+  Launch state{config, run, arguments, seed, blocks, Order(seed, blocks), static_cast<int>(workers),
+               {},     {},  {},        0,    0};
+  std::vector<std::thread> threads;
+  for (uint64_t i = 1; i < workers; ++i)
+    threads.emplace_back([&state, worker = pool[i].get()] { worker->run(state); });
+  pool[0]->run(state);
+  for (std::thread& thread : threads) thread.join();
+  return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
 }
 
 cudaError_t allocate(void** pointer, size_t bytes) {
-    ++counters().allocations;
-    *pointer = nullptr;
-    if (bytes == 0) return cudaSuccess;
-    if (posix_memalign(pointer, 256, bytes) != 0) return record(cudaErrorMemoryAllocation);
-    std::memset(*pointer, 0xff, bytes);
-    return cudaSuccess;
+  ++counters().allocations;
+  *pointer = nullptr;
+  if (bytes == 0) return cudaSuccess;
+  if (posix_memalign(pointer, 256, bytes) != 0) return record(cudaErrorMemoryAllocation);
+  std::memset(*pointer, 0xff, bytes);
+  return cudaSuccess;
 }
 
 cudaError_t occupancy(int* blocks, int block_size) {
-    if (block_size < 1 || block_size > 1024) return record(cudaErrorInvalidValue);
-    *blocks = std::min(2048 / block_size, 32);
-    return cudaSuccess;
+  if (block_size < 1 || block_size > 1024) return record(cudaErrorInvalidValue);
+  *blocks = std::min(2048 / block_size, 32);
+  return cudaSuccess;
 }
 
 }  // namespace emulation
@@ -537,93 +558,120 @@ using emulation::counters;
 using emulation::record;
 
 const char* cudaGetErrorName(cudaError_t error) {
-    switch (error) {
+  switch (error) {
 #define X(name, number, text) \
-    case name:                \
-        return #name;
-        MMBAL_CUDA_ERRORS(X)
+  case name:                  \
+    return #name;
+    MMBAL_CUDA_ERRORS(X)
 #undef X
-    }
-    return "unrecognized error code";
+  }
+  return "unrecognized error code";
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-    switch (error) {
+  switch (error) {
 #define X(name, number, text) \
-    case name:                \
-        return text;
-        MMBAL_CUDA_ERRORS(X)
+  case name:                  \
+    return text;
+    MMBAL_CUDA_ERRORS(X)
 #undef X
-    }
-    return "unrecognized error code";
+  }
+  return "unrecognized error code";
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return emulation::last_error; }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-    *version = CUDART_VERSION;
-    return cudaSuccess;
+  *version = CUDART_VERSION;
+  return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
-    return cudaSuccess;
+  *count = 1;
+  return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return cudaSuccess;
+  *device = 0;
+  return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return record(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  return record(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device != 0) return record(cudaErrorInvalidDevice);
-    switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: *value = 1024; return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; return cudaSuccess;
-        case cudaDevAttrWarpSize: *value = warpSize; return cudaSuccess;
-        case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;
-        case cudaDevAttrL2CacheSize: *value = 1 << 20; return cudaSuccess;
-        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; return cudaSuccess;
-        case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-        case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-        case cudaDevAttrCooperativeLaunch: *value = 0; return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; return cudaSuccess;
-        case cudaDevAttrMemoryPoolsSupported: *value = 1; return cudaSuccess;
-    }
-    return record(cudaErrorInvalidValue);
+  if (device != 0) return record(cudaErrorInvalidDevice);
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = 1024;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = warpSize;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = 1 << 20;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2048;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrMemoryPoolsSupported:
+      *value = 1;
+      return cudaSuccess;
+  }
+  return record(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaDeviceSynchronize() {
-    ++counters().synchronisations;
-    return cudaSuccess;
+  ++counters().synchronisations;
+  return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* pointer) {
-    std::free(pointer);
-    return pointer == nullptr ? cudaSuccess : cudaDeviceSynchronize();
+  std::free(pointer);
+  return pointer == nullptr ? cudaSuccess : cudaDeviceSynchronize();
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
-    std::free(pointer);
-    return cudaSuccess;
+  std::free(pointer);
+  return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-    counters().copies_to_host += kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDefault;
-    if (bytes != 0) std::memcpy(to, from, bytes);
-    return cudaSuccess;
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t) {
+  counters().copies_to_host += kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDefault;
+  if (bytes != 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    cudaMemcpyAsync(to, from, bytes, kind, nullptr);
-    return cudaDeviceSynchronize();
+  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  return cudaDeviceSynchronize();
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-    if (bytes != 0) std::memset(to, value, bytes);
-    return cudaSuccess;
+  if (bytes != 0) std::memset(to, value, bytes);
+  return cudaSuccess;
 }
-cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  return cudaMemsetAsync(to, value, bytes, nullptr);
+}

@@ -23,13 +23,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def selftest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary = tmp_path_factory.mktemp("emulation") / request.param
     sources = [HERE / "selftest.cpp", HERE / "emulation.cpp"]
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    include = ["-I", HERE / "include"]
-    subprocess.run(
-        ["g++", "-std=c++17", *warnings, *FLAGS[request.param], *include, *sources]
-        + ["-pthread", "-o", binary],
-        check=True,
-    )
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *FLAGS[request.param]]
+    command += [f"-I{HERE / 'include'}", *map(str, sources), "-pthread", "-o", str(binary)]
+    subprocess.run(command, check=True)
     return binary
 
 

@@ -1,20 +1,26 @@
-// Stand-in for <cuda_runtime.h>: the project's .cu files, compiled by a host compiler, run on CPU memory.
+// Stand-in for <cuda_runtime.h>: the project's .cu files, compiled by a host compiler, run on CPU
+// memory.
 //
-//   g++ -std=c++17 -ffp-contract=off -I tests/emulation/include -x c++ kernels.cu -x none tests/emulation/emulation.cpp -pthread
+//     g++ -std=c++17 -ffp-contract=off -I tests/emulation/include -x c++ kernels.cu
+//         -x none tests/emulation/emulation.cpp -pthread
 //
-// Threads of a block are fibers of one OS thread; blocks run on MMBAL_EMULATION_THREADS OS threads (default 1)
-// and are claimed in order of blockIdx. MMBAL_EMULATION_SEED=n (n > 0) runs blocks, warps and lanes in another
-// order, fixed by n: a missing barrier or a dependence on the order of blocks then shows as a wrong result.
+// Threads of a block are fibers of one OS thread; blocks run on MMBAL_EMULATION_THREADS OS threads
+// (default 1) and are claimed in order of blockIdx. MMBAL_EMULATION_SEED=n (n > 0) runs blocks,
+// warps and lanes in another order, fixed by n: a missing barrier or a dependence on the order of
+// blocks then shows as a wrong result.
 //
-// It proves logic, memory safety (with -fsanitize=address,undefined; `__shared__` then gets redzones and blocks
-// run on one OS thread) and that every barrier is reached by all. It does not prove freedom from races, nor speed,
-// nor the rounding of hardware.
+// It proves logic, memory safety (with -fsanitize=address,undefined; `__shared__` then gets
+// redzones and blocks run on one OS thread) and that every barrier is reached by all. It does not
+// prove freedom from races, nor speed, nor the rounding of hardware.
 //
-// Stricter than the hardware, because CUDA leaves the case undefined: threads that wait at different
-// __syncthreads() never meet, a lane that takes a value from a lane outside the mask gets all bits set, new
-// memory has all bits set.
-// What a kernel must do for it: spin loops call __nanosleep, and `__grid_constant__` stands behind the type
-// (`const Params __grid_constant__ params`), where it makes one object that all threads read.
+// Stricter than the hardware, where CUDA leaves the case undefined:
+//   - threads that wait at different __syncthreads() never meet;
+//   - a value taken from a lane outside the mask has all bits set;
+//   - new device memory and dynamic shared memory have all bits set.
+//
+// Two duties of a kernel: a loop that waits calls __nanosleep in its body, and `__grid_constant__`
+// stands behind the type (`const Params __grid_constant__ params`): here it is the reference that
+// makes all threads read one object.
 #pragma once
 
 #include <math.h>
@@ -50,24 +56,26 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #ifdef MMBAL_EMULATION_ASAN
-#define __shared__ static  // AddressSanitizer puts redzones around statics, not around thread_locals
+#define __shared__ \
+  static  // AddressSanitizer puts redzones around statics, not around thread_locals
 #else
 #define __shared__ static thread_local
 #endif
 
-// ---- vector types, with the alignment that CUDA gives them --------------------------------------------------
+// ---- vector types, with the alignment that CUDA gives them
+// --------------------------------------------------
 
-#define MMBAL_VECTOR2(name, type)                               \
-    struct alignas(2 * sizeof(type)) name {                     \
-        type x, y;                                              \
-    };                                                          \
-    inline name make_##name(type x, type y) { return {x, y}; }
+#define MMBAL_VECTOR2(name, type)         \
+  struct alignas(2 * sizeof(type)) name { \
+    type x, y;                            \
+  };                                      \
+  inline name make_##name(type x, type y) { return {x, y}; }
 
-#define MMBAL_VECTOR4(name, type)                                                                 \
-    struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name {                          \
-        type x, y, z, w;                                                                          \
-    };                                                                                            \
-    inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
+#define MMBAL_VECTOR4(name, type)                                      \
+  struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name { \
+    type x, y, z, w;                                                   \
+  };                                                                   \
+  inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 MMBAL_VECTOR2(ushort2, unsigned short)
 MMBAL_VECTOR2(int2, int)
@@ -85,16 +93,17 @@ MMBAL_VECTOR4(float4, float)
 #undef MMBAL_VECTOR4
 
 struct uint3 {
-    unsigned x, y, z;
+  unsigned x, y, z;
 };
 
 struct dim3 {
-    unsigned x, y, z;
-    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-    constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-// ---- what a thread knows about itself -----------------------------------------------------------------------
+// ---- what a thread knows about itself
+// -----------------------------------------------------------------------
 
 extern __thread uint3 threadIdx;
 extern __thread uint3 blockIdx;
@@ -102,24 +111,28 @@ extern __thread dim3 blockDim;
 extern __thread dim3 gridDim;
 constexpr int warpSize = 32;
 
-// ---- barriers and warp collectives --------------------------------------------------------------------------
+// ---- barriers and warp collectives
+// --------------------------------------------------------------------------
 
 namespace emulation {
 
 // Where a thread waits, for the report of a deadlock.
 struct Location {
-    const char* file;
-    const char* function;
-    int line;
-    static constexpr Location here(const char* file = __builtin_FILE(), const char* function = __builtin_FUNCTION(),
-                                   int line = __builtin_LINE()) {
-        return {file, function, line};
-    }
+  const char* file;
+  const char* function;
+  int line;
+  static constexpr Location here(const char* file = __builtin_FILE(),
+                                 const char* function = __builtin_FUNCTION(),
+                                 int line = __builtin_LINE()) {
+    return {file, function, line};
+  }
 };
 
 // Both suspend the calling fiber; `operation` is the name of the intrinsic, a string literal.
-int block_barrier(const char* operation, bool predicate, Location at);  // number of threads whose predicate holds
-uint64_t warp_collective(const char* operation, unsigned mask, uint64_t value, int source_lane, Location at);
+int block_barrier(const char* operation, bool predicate,
+                  Location at);  // number of threads whose predicate holds
+uint64_t warp_collective(const char* operation, unsigned mask, uint64_t value, int source_lane,
+                         Location at);
 void yield();
 int lane();
 
@@ -128,12 +141,13 @@ void* dynamic_shared();
 
 template <class T>
 T shuffle(const char* operation, unsigned mask, T value, int source_lane, Location at) {
-    static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "no such shuffle");
-    uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
-    bits = warp_collective(operation, mask, bits, source_lane, at);
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
+                "no such shuffle");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = warp_collective(operation, mask, bits, source_lane, at);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 }  // namespace emulation
@@ -142,50 +156,55 @@ T shuffle(const char* operation, unsigned mask, T value, int source_lane, Locati
 
 inline void __syncthreads(MMBAL_HERE) { emulation::block_barrier("__syncthreads", false, at); }
 inline int __syncthreads_count(int predicate, MMBAL_HERE) {
-    return emulation::block_barrier("__syncthreads_count", predicate != 0, at);
+  return emulation::block_barrier("__syncthreads_count", predicate != 0, at);
 }
 inline int __syncthreads_or(int predicate, MMBAL_HERE) {
-    return emulation::block_barrier("__syncthreads_or", predicate != 0, at) != 0;
+  return emulation::block_barrier("__syncthreads_or", predicate != 0, at) != 0;
 }
 inline int __syncthreads_and(int predicate, MMBAL_HERE) {
-    return emulation::block_barrier("__syncthreads_and", predicate == 0, at) == 0;
+  return emulation::block_barrier("__syncthreads_and", predicate == 0, at) == 0;
 }
 
 inline void __syncwarp(unsigned mask = ~0u, MMBAL_HERE) {
-    emulation::warp_collective("__syncwarp", mask, 0, emulation::lane(), at);
+  emulation::warp_collective("__syncwarp", mask, 0, emulation::lane(), at);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, MMBAL_HERE) {
-    return static_cast<unsigned>(emulation::warp_collective("__ballot_sync", mask, predicate != 0, -1, at));
+  return static_cast<unsigned>(
+      emulation::warp_collective("__ballot_sync", mask, predicate != 0, -1, at));
 }
 inline int __any_sync(unsigned mask, int predicate, MMBAL_HERE) {
-    return emulation::warp_collective("__any_sync", mask, predicate != 0, -1, at) != 0;
+  return emulation::warp_collective("__any_sync", mask, predicate != 0, -1, at) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, MMBAL_HERE) {
-    return emulation::warp_collective("__all_sync", mask, predicate == 0, -1, at) == 0;
+  return emulation::warp_collective("__all_sync", mask, predicate == 0, -1, at) == 0;
 }
 // No other lane need be converged: the smallest answer that CUDA allows.
 inline unsigned __activemask() { return 1u << emulation::lane(); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, MMBAL_HERE) {
-    const int lane = emulation::lane(), first = lane & ~(width - 1);
-    return emulation::shuffle("__shfl_sync", mask, value, first | (source & (width - 1)), at);
+  const int lane = emulation::lane(), first = lane & ~(width - 1);
+  return emulation::shuffle("__shfl_sync", mask, value, first | (source & (width - 1)), at);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, MMBAL_HERE) {
-    const unsigned lane = static_cast<unsigned>(emulation::lane()), room = lane & static_cast<unsigned>(width - 1);
-    return emulation::shuffle("__shfl_up_sync", mask, value, static_cast<int>(delta > room ? lane : lane - delta), at);
+  const unsigned lane = static_cast<unsigned>(emulation::lane()),
+                 room = lane & static_cast<unsigned>(width - 1);
+  return emulation::shuffle("__shfl_up_sync", mask, value,
+                            static_cast<int>(delta > room ? lane : lane - delta), at);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, MMBAL_HERE) {
-    const unsigned lane = static_cast<unsigned>(emulation::lane()), room = ~lane & static_cast<unsigned>(width - 1);
-    return emulation::shuffle("__shfl_down_sync", mask, value, static_cast<int>(delta > room ? lane : lane + delta), at);
+  const unsigned lane = static_cast<unsigned>(emulation::lane()),
+                 room = ~lane & static_cast<unsigned>(width - 1);
+  return emulation::shuffle("__shfl_down_sync", mask, value,
+                            static_cast<int>(delta > room ? lane : lane + delta), at);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, MMBAL_HERE) {
-    const int lane = emulation::lane(), source = lane ^ lane_mask;
-    const bool inside = source >= 0 && source <= (lane | (width - 1));
-    return emulation::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, at);
+  const int lane = emulation::lane(), source = lane ^ lane_mask;
+  const bool inside = source >= 0 && source <= (lane | (width - 1));
+  return emulation::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, at);
 }
 #undef MMBAL_HERE
 
@@ -195,42 +214,44 @@ inline void __nanosleep(unsigned) { emulation::yield(); }
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
-// ---- atomics: the types that CUDA has, no more ---------------------------------------------------------------
+// ---- atomics: the types that CUDA has, no more
+// ---------------------------------------------------------------
 
 namespace emulation {
 
 template <class T>
 struct Same {  // keeps a parameter out of deduction: atomicAdd(unsigned*, 1)
-    using type = T;
+  using type = T;
 };
 template <class T, class... Types>
 constexpr bool one_of = (std::is_same<T, Types>::value || ...);
 
 template <class T, class F>
 T atomic_update(T* address, F f) {
-    T old, next;
-    __atomic_load(address, &old, __ATOMIC_RELAXED);
-    do {
-        next = f(old);
-    } while (!__atomic_compare_exchange(address, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
-    return old;
+  T old, next;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
+  do {
+    next = f(old);
+  } while (
+      !__atomic_compare_exchange(address, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+  return old;
 }
 
 }  // namespace emulation
 
-#define MMBAL_ATOMIC(name, expression, ...)                                          \
-    template <class T>                                                               \
-    T name(T* address, typename emulation::Same<T>::type value) {                    \
-        static_assert(emulation::one_of<T, __VA_ARGS__>, #name ": no such overload"); \
-        return emulation::atomic_update(address, [value](T old) -> T { return expression; });  \
-    }
+#define MMBAL_ATOMIC(name, expression, ...)                                               \
+  template <class T>                                                                      \
+  T name(T* address, typename emulation::Same<T>::type value) {                           \
+    static_assert(emulation::one_of<T, __VA_ARGS__>, #name ": no such overload");         \
+    return emulation::atomic_update(address, [value](T old) -> T { return expression; }); \
+  }
 
 MMBAL_ATOMIC(atomicAdd, old + value, int, unsigned, unsigned long long, float, double)
 MMBAL_ATOMIC(atomicSub, old - value, int, unsigned)
 MMBAL_ATOMIC(atomicMax, old < value ? value : old, int, unsigned, long long, unsigned long long)
 MMBAL_ATOMIC(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
 MMBAL_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
-MMBAL_ATOMIC(atomicAnd, old & value, int, unsigned, unsigned long long)
+MMBAL_ATOMIC(atomicAnd, old& value, int, unsigned, unsigned long long)
 MMBAL_ATOMIC(atomicXor, old ^ value, int, unsigned, unsigned long long)
 MMBAL_ATOMIC(atomicExch, (void(old), value), int, unsigned, unsigned long long, float)
 MMBAL_ATOMIC(atomicInc, old >= value ? 0 : old + 1, unsigned)
@@ -238,24 +259,27 @@ MMBAL_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1, unsigned)
 #undef MMBAL_ATOMIC
 
 template <class T>
-T atomicCAS(T* address, typename emulation::Same<T>::type expected, typename emulation::Same<T>::type value) {
-    static_assert(emulation::one_of<T, int, unsigned, unsigned long long, unsigned short>, "atomicCAS: no such overload");
-    __atomic_compare_exchange(address, &expected, &value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-    return expected;
+T atomicCAS(T* address, typename emulation::Same<T>::type expected,
+            typename emulation::Same<T>::type value) {
+  static_assert(emulation::one_of<T, int, unsigned, unsigned long long, unsigned short>,
+                "atomicCAS: no such overload");
+  __atomic_compare_exchange(address, &expected, &value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
 }
 
-// ---- loads and stores with a cache hint ----------------------------------------------------------------------
+// ---- loads and stores with a cache hint
+// ----------------------------------------------------------------------
 
-#define MMBAL_LOAD(name)            \
-    template <class T>              \
-    T name(const T* address) {      \
-        return *address;            \
-    }
-#define MMBAL_STORE(name)                                              \
-    template <class T>                                                 \
-    void name(T* address, typename emulation::Same<T>::type value) {   \
-        *address = value;                                              \
-    }
+#define MMBAL_LOAD(name)     \
+  template <class T>         \
+  T name(const T* address) { \
+    return *address;         \
+  }
+#define MMBAL_STORE(name)                                          \
+  template <class T>                                               \
+  void name(T* address, typename emulation::Same<T>::type value) { \
+    *address = value;                                              \
+  }
 MMBAL_LOAD(__ldg)
 MMBAL_LOAD(__ldca)
 MMBAL_LOAD(__ldcg)
@@ -270,11 +294,12 @@ MMBAL_STORE(__stwt)
 
 template <class T>
 T __ldcv(const T* address) {
-    __asm__ volatile("" ::: "memory");  // read again, every time
-    return *address;
+  __asm__ volatile("" ::: "memory");  // read again, every time
+  return *address;
 }
 
-// ---- arithmetic ----------------------------------------------------------------------------------------------
+// ---- arithmetic
+// ----------------------------------------------------------------------------------------------
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -291,13 +316,17 @@ inline double __dsqrt_rn(double a) { return sqrt(a); }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline double rsqrt(double a) { return 1.0 / sqrt(a); }
 
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>((uint64_t{a} * b) >> 32);
+}
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-    __extension__ using Wide = unsigned __int128;
-    return static_cast<unsigned long long>((Wide{a} * b) >> 64);
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<unsigned long long>((Wide{a} * b) >> 64);
 }
 inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
-inline int __clzll(long long a) { return a == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(a)); }
+inline int __clzll(long long a) {
+  return a == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(a));
+}
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __popcll(unsigned long long a) { return __builtin_popcountll(a); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
@@ -307,13 +336,13 @@ inline float __uint2float_rn(unsigned a) { return static_cast<float>(a); }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
 inline float __double2float_rn(double a) { return static_cast<float>(a); }
 
-#define MMBAL_BITS(name, from, to)                                    \
-    inline to name(from value) {                                      \
-        static_assert(sizeof(from) == sizeof(to), "same size");       \
-        to bits;                                                      \
-        std::memcpy(&bits, &value, sizeof bits);                      \
-        return bits;                                                  \
-    }
+#define MMBAL_BITS(name, from, to)                          \
+  inline to name(from value) {                              \
+    static_assert(sizeof(from) == sizeof(to), "same size"); \
+    to bits;                                                \
+    std::memcpy(&bits, &value, sizeof bits);                \
+    return bits;                                            \
+  }
 MMBAL_BITS(__float_as_uint, float, unsigned)
 MMBAL_BITS(__float_as_int, float, int)
 MMBAL_BITS(__uint_as_float, unsigned, float)
@@ -322,9 +351,9 @@ MMBAL_BITS(__double_as_longlong, double, long long)
 MMBAL_BITS(__longlong_as_double, long long, double)
 #undef MMBAL_BITS
 
-#define MMBAL_MIN_MAX(type)                                        \
-    inline type min(type a, type b) { return b < a ? b : a; }      \
-    inline type max(type a, type b) { return a < b ? b : a; }
+#define MMBAL_MIN_MAX(type)                                 \
+  inline type min(type a, type b) { return b < a ? b : a; } \
+  inline type max(type a, type b) { return a < b ? b : a; }
 MMBAL_MIN_MAX(int)
 MMBAL_MIN_MAX(unsigned)
 MMBAL_MIN_MAX(long)
@@ -337,31 +366,34 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-// ---- host API: every call is synchronous ---------------------------------------------------------------------
+// ---- host API: every call is synchronous
+// ---------------------------------------------------------------------
 
 // X(name, number, text)
-#define MMBAL_CUDA_ERRORS(X)                                                                \
-    X(cudaSuccess, 0, "no error")                                                           \
-    X(cudaErrorInvalidValue, 1, "invalid argument")                                         \
-    X(cudaErrorMemoryAllocation, 2, "out of memory")                                        \
-    X(cudaErrorInitializationError, 3, "initialization error")                              \
-    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                   \
-    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version") \
-    X(cudaErrorInvalidDeviceFunction, 98, "invalid device function")                        \
-    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                         \
-    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                \
-    X(cudaErrorNoKernelImageForDevice, 209, "no kernel image is available for execution on the device") \
-    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                       \
-    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")             \
-    X(cudaErrorLaunchOutOfResources, 701, "too many resources requested for launch")        \
-    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                            \
-    X(cudaErrorNotSupported, 801, "operation not supported")                                \
-    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
-    X(cudaErrorUnknown, 999, "unknown error")
+#define MMBAL_CUDA_ERRORS(X)                                                                    \
+  X(cudaSuccess, 0, "no error")                                                                 \
+  X(cudaErrorInvalidValue, 1, "invalid argument")                                               \
+  X(cudaErrorMemoryAllocation, 2, "out of memory")                                              \
+  X(cudaErrorInitializationError, 3, "initialization error")                                    \
+  X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                         \
+  X(cudaErrorInsufficientDriver, 35,                                                            \
+    "CUDA driver version is insufficient for CUDA runtime version")                             \
+  X(cudaErrorInvalidDeviceFunction, 98, "invalid device function")                              \
+  X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                               \
+  X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                      \
+  X(cudaErrorNoKernelImageForDevice, 209,                                                       \
+    "no kernel image is available for execution on the device")                                 \
+  X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                             \
+  X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                   \
+  X(cudaErrorLaunchOutOfResources, 701, "too many resources requested for launch")              \
+  X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                  \
+  X(cudaErrorNotSupported, 801, "operation not supported")                                      \
+  X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
+  X(cudaErrorUnknown, 999, "unknown error")
 
 enum cudaError_t {
 #define X(name, number, text) name = number,
-    MMBAL_CUDA_ERRORS(X)
+  MMBAL_CUDA_ERRORS(X)
 #undef X
 };
 
@@ -369,62 +401,62 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost,
-    cudaMemcpyHostToDevice,
-    cudaMemcpyDeviceToHost,
-    cudaMemcpyDeviceToDevice,
-    cudaMemcpyDefault,
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault,
 };
 
 enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1,
-    cudaDevAttrMaxSharedMemoryPerBlock = 8,
-    cudaDevAttrWarpSize = 10,
-    cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrMaxThreadsPerMultiProcessor = 39,
-    cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrCooperativeLaunch = 95,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-    cudaDevAttrMemoryPoolsSupported = 115,
+  cudaDevAttrMaxThreadsPerBlock = 1,
+  cudaDevAttrMaxSharedMemoryPerBlock = 8,
+  cudaDevAttrWarpSize = 10,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrMemoryPoolsSupported = 115,
 };
 
 enum cudaFuncAttribute {
-    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-    cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
 
 enum cudaStreamCaptureStatus {
-    cudaStreamCaptureStatusNone,
-    cudaStreamCaptureStatusActive,
-    cudaStreamCaptureStatusInvalidated,
+  cudaStreamCaptureStatusNone,
+  cudaStreamCaptureStatusActive,
+  cudaStreamCaptureStatusInvalidated,
 };
 
 enum cudaLaunchAttributeID {
-    cudaLaunchAttributeIgnore = 0,
-    cudaLaunchAttributeCooperative = 2,
-    cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 
 union cudaLaunchAttributeValue {
-    char pad[64];
-    int cooperative;
-    int programmaticStreamSerializationAllowed;
+  char pad[64];
+  int cooperative;
+  int programmaticStreamSerializationAllowed;
 };
 
 struct cudaLaunchAttribute {
-    cudaLaunchAttributeID id;
-    cudaLaunchAttributeValue val;
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
 };
 
 struct cudaLaunchConfig_t {
-    dim3 gridDim;
-    dim3 blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-    cudaLaunchAttribute* attrs;
-    unsigned numAttrs;
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 const char* cudaGetErrorName(cudaError_t error);
@@ -443,7 +475,8 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void* to, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
 
@@ -451,55 +484,59 @@ namespace emulation {
 
 // What the host has asked of the device; for tests.
 struct Counters {
-    std::atomic<long> launches{0};
-    std::atomic<long> synchronisations{0};  // calls that wait for the device, cudaMemcpy and cudaFree among them
-    std::atomic<long> allocations{0};
-    std::atomic<long> copies_to_host{0};  // cudaMemcpyDefault counts: the direction cannot be known
-    void reset() { launches = synchronisations = allocations = copies_to_host = 0; }
+  std::atomic<long> launches{0};
+  std::atomic<long> synchronisations{
+      0};  // calls that wait for the device, cudaMemcpy and cudaFree among them
+  std::atomic<long> allocations{0};
+  std::atomic<long> copies_to_host{0};  // cudaMemcpyDefault counts: the direction cannot be known
+  void reset() { launches = synchronisations = allocations = copies_to_host = 0; }
 };
 Counters& counters();
 
 cudaError_t allocate(void** pointer, size_t bytes);
 cudaError_t occupancy(int* blocks, int block_size);
-cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*), void* arguments);
+cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*),
+                   void* arguments);
 
 template <class... T>
 constexpr size_t parameter_bytes() {
-    size_t bytes = 0;
-    ((bytes = (bytes + alignof(T) - 1) / alignof(T) * alignof(T) + sizeof(T)), ...);
-    return bytes;
+  size_t bytes = 0;
+  ((bytes = (bytes + alignof(T) - 1) / alignof(T) * alignof(T) + sizeof(T)), ...);
+  return bytes;
 }
 
 }  // namespace emulation
 
 template <class T>
 cudaError_t cudaMalloc(T** pointer, size_t bytes) {
-    return emulation::allocate(reinterpret_cast<void**>(pointer), bytes);
+  return emulation::allocate(reinterpret_cast<void**>(pointer), bytes);
 }
 template <class T>
 cudaError_t cudaMallocAsync(T** pointer, size_t bytes, cudaStream_t) {
-    return emulation::allocate(reinterpret_cast<void**>(pointer), bytes);
+  return emulation::allocate(reinterpret_cast<void**>(pointer), bytes);
 }
 template <class T>
 cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) {
-    return cudaSuccess;
+  return cudaSuccess;
 }
 template <class T>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int block_size, size_t) {
-    return emulation::occupancy(blocks, block_size);
+  return emulation::occupancy(blocks, block_size);
 }
 
 template <class... ExpTypes, class... ActTypes>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(ExpTypes...), ActTypes&&... args) {
-    static_assert((std::is_trivially_copyable<std::decay_t<ExpTypes>>::value && ...), "parameters are copied as bytes");
-    using Parameters = std::tuple<std::decay_t<ExpTypes>...>;
-    using Call = std::pair<void (*)(ExpTypes...), Parameters>;
-    Call call{kernel, Parameters(std::forward<ActTypes>(args)...)};
-    return emulation::launch(
-        config, emulation::parameter_bytes<std::decay_t<ExpTypes>...>(),
-        [](void* pointer) {
-            Call& c = *static_cast<Call*>(pointer);
-            std::apply(c.first, c.second);
-        },
-        &call);
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(ExpTypes...),
+                               ActTypes&&... args) {
+  static_assert((std::is_trivially_copyable<std::decay_t<ExpTypes>>::value && ...),
+                "parameters are copied as bytes");
+  using Parameters = std::tuple<std::decay_t<ExpTypes>...>;
+  using Call = std::pair<void (*)(ExpTypes...), Parameters>;
+  Call call{kernel, Parameters(std::forward<ActTypes>(args)...)};
+  return emulation::launch(
+      config, emulation::parameter_bytes<std::decay_t<ExpTypes>...>(),
+      [](void* pointer) {
+        Call& c = *static_cast<Call*>(pointer);
+        std::apply(c.first, c.second);
+      },
+      &call);
 }
