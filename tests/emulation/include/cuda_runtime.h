@@ -30,7 +30,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>  // before __noinline__ is a macro: libstdc++ has it as an attribute's name here
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -53,7 +52,7 @@
 #define __grid_constant__ &
 #define __launch_bounds__(...)
 #define __forceinline__ __inline__ __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
+#define __noinline__  // nothing: library headers write __attribute__((__noinline__))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #ifdef MMBAL_EMULATION_ASAN
 #define __shared__ \
