@@ -57,6 +57,17 @@ def test_elements_follow_the_definition(offset: int) -> None:
     assert noise == pytest.approx(expected, rel=1e-7, abs=1e-12)
 
 
+def test_extreme_words_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, high = torch.tensor([0]), torch.tensor([2**32 - 1])
+    monkeypatch.setattr(_noise, "philox4x32", lambda counter, key: (low, low, high, high))
+    noise = draw(4).tolist()
+    largest, smallest = math.sqrt(66 * math.log(2)), 2.0**-16
+    assert noise[0::2] == pytest.approx([largest, smallest], rel=1e-6)
+    assert noise[1::2] == pytest.approx(
+        [largest * math.pi * 2**-32, -smallest * math.pi * 2**-32], rel=1e-6
+    )
+
+
 def draw(count: int = 64, *, seed: int = 0, step: int | Tensor = 0, tensor_id: int = 0) -> Tensor:
     return noise_like(torch.empty(count), seed=seed, step=step, tensor_id=tensor_id)
 
@@ -125,9 +136,10 @@ def test_layouts_with_gaps_count_in_logical_order(tensor: Tensor) -> None:
     assert torch.equal(noise_like(tensor, seed=0, step=0).flatten(), draw(24))
 
 
-def test_dimensions_of_size_one_do_not_matter() -> None:
-    odd = torch.empty(6).as_strided((1, 3, 1, 2), (77, 2, 5, 1))
-    assert torch.equal(noise_like(odd, seed=0, step=0).flatten(), draw(6))
+def test_strides_of_dimensions_of_size_one_do_not_matter() -> None:
+    transposed = torch.empty(6).as_strided((1, 3, 1, 2), (77, 1, 5, 3))
+    noise = noise_like(transposed, seed=0, step=0)
+    assert torch.equal(noise.transpose(1, 3).flatten(), draw(6))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])

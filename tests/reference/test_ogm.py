@@ -76,8 +76,9 @@ def test_scores(modalities: int, rest: tuple[int, ...], dtype: torch.dtype) -> N
 def test_scores_of_soft_labels(rest: tuple[int, ...], dtype: torch.dtype) -> None:
     logits = [torch.randn(6, 4, *rest), torch.randn(6, 4, *rest)]
     target = torch.rand(6, 4, *rest).softmax(dim=1).to(dtype)
-    expected = [soft_score(x, target) for x in logits]
-    assert contribution_scores(logits, target).tolist() == pytest.approx(expected, rel=1e-6)
+    scores = contribution_scores(logits, target)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx([soft_score(x, target) for x in logits], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -173,6 +174,10 @@ def test_nothing_is_throttled_when_all_scores_are_zero() -> None:
     assert modulation_coefficients(ratios, 0.5).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_alpha_zero_throttles_nothing() -> None:
+    assert modulation_coefficients(torch.tensor([INF, 0.0]), 0.0).tolist() == [1.0, 1.0]
+
+
 def test_callable_rule() -> None:
     weight = nn.Parameter(torch.tensor(2.0))
     ratios = torch.tensor([0.5, 4.0, NAN])
@@ -232,7 +237,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.randn(3, 4, 5, 2),
     "channels_last": lambda: torch.randn(3, 4, 5, 2).to(memory_format=torch.channels_last),
     "transposed": lambda: torch.randn(6, 7).t(),
-    "sliced": lambda: torch.randn(6, 8)[:, 1::2],
+    "sliced": lambda: torch.randn(6, 8)[:, 1:6:2],
     "strided": lambda: torch.randn(20)[::3],
     "offset view": lambda: torch.randn(20)[3:],
     "scalar": lambda: torch.randn(()),
@@ -273,14 +278,14 @@ def test_gaps_of_a_sliced_gradient_stay() -> None:
 
 
 def test_every_tensor_has_its_modality_noise_and_deviation() -> None:
-    grads = [(m + 1) * torch.randn(50_000) for m in (0, 1, 2)]
+    grads = [(m + 1) * torch.randn(20_000) for m in (0, 1, 2)]
     before = [grad.clone() for grad in grads]
     factors = [0.0, 0.5, 1.0]
     modulate_([None, *grads], torch.tensor(factors), [0, 2, 0, 1], seed=1, step=2)
     noises = []
     for grad, old, factor, number in zip(grads, before, [1.0, 0.0, 0.5], (1, 2, 3), strict=True):
         residual = grad - factor * old
-        assert residual.std().item() == pytest.approx(old.std().item(), rel=0.02)
+        assert residual.std().item() == pytest.approx(old.std().item(), rel=0.03)
         noises.append(residual / (old.std() + 1e-8))
         z = noise_like(old, seed=1, step=2, tensor_id=number)
         torch.testing.assert_close(noises[-1], z, rtol=0, atol=2e-6)
@@ -374,6 +379,12 @@ def test_float16_saturates_what_was_finite() -> None:
     noisy = torch.tensor([65504.0, -65504.0] * 50, dtype=torch.float16)
     modulate_([noisy], torch.ones(1), [0])
     assert noisy.isfinite().all()
+
+
+def test_bfloat16_has_the_range_of_float32() -> None:
+    grad = torch.tensor([2.0**100, 2.0**127], dtype=torch.bfloat16)
+    modulate_([grad], torch.tensor([4.0]), [0], noise=0.0)
+    assert grad.tolist() == [2.0**102, INF]
 
 
 def test_gradients_in_a_graph_are_updated_in_place() -> None:
