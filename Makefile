@@ -46,7 +46,7 @@ build: $(VENV)/.has-build ## the native module in place, and its emulated CUDA t
 # In a copy of the tree, so that the modules of `make build` stay as they are. Python itself is not
 # instrumented: the sanitizer's runtime is loaded first, and its leaks are not ours.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= tests/functional tests/emulation
+SANITIZE_TESTS ?= tests/functional
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p $(SANITIZED)
 	rm -rf $(addprefix $(SANITIZED)/,mmbal_fast csrc cmake tests)
