@@ -257,4 +257,6 @@ class ConditionalLearningSpeed:
         )
         if self.process_group is not None:
             dist.all_reduce(norms, group=self.process_group)
-        return self._membership @ norms.view(len(columns), count).T
+        weights = self._membership.unsqueeze(1)
+        # Not a matrix product: 0 * inf would spoil the groups that a parameter is not in.
+        return torch.where(weights > 0, weights * norms.view(-1, count), 0.0).sum(2)

@@ -28,7 +28,7 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in (
             torch.ops.aten._local_scalar_dense.default,
             torch.ops.aten.nonzero.default,
@@ -60,6 +60,7 @@ def literal_gates(
     averages = mmtm.running_squeeze.split(list(mmtm.channels))
     result = []
     for m, layer in enumerate(mmtm.gates):
+        assert isinstance(layer, torch.nn.Linear)
         rows = []
         for i in range(features[0].shape[0]):
             z = torch.cat(
