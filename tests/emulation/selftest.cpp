@@ -216,7 +216,7 @@ __global__ void divergent(int how) {
   } else if (t < 16) {
     __syncwarp(full);
   } else {
-    __syncwarp(0x0000ffffu);
+    __syncwarp(0xffff8000u);
   }
 }
 
