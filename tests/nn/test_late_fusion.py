@@ -127,7 +127,8 @@ class Gated(nn.Module):
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         gate = torch.sigmoid(self.gate(x["image"]))
-        return self.head(self.dropout(self.norm(x["audio"] * gate)))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.dropout(self.norm(x["audio"] * gate)))
+        return logits
 
     def fuse(self, x: dict[str, Tensor]) -> Tensor:
         return self.forward(x)
