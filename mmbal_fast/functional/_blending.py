@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmbal_fast import reference
+from mmbal_fast.functional import _checks
 from mmbal_fast.reference._blending import FLOOR, compute_dtype, normalized, shares
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def overfitting_to_generalization_ratio(
@@ -102,8 +100,7 @@ def blending_weights(
         >>> blending_weights(before, before, [0.4, 0.3, 0.4], [0.5, 0.5, 1.2])
         tensor([0.8000, 0.2000, 0.0000], dtype=torch.float64)
     """
-    if not (floor > 0 and math.isfinite(floor)):
-        raise ValueError(f"blending_weights: floor must be a positive number (got {floor})")
+    check_floor("blending_weights", floor)
     losses = _checked_losses("blending_weights", train_before, val_before, train_after, val_after)
     raw = shares(*losses, floor=floor)
     # Reading it costs nothing on the CPU, and is a synchronisation elsewhere.
@@ -115,6 +112,18 @@ def blending_weights(
             stacklevel=2,
         )
     return normalized(raw)
+
+
+def check_floor(op: str, floor: float) -> None:
+    """Refuse a floor that is not a positive number."""
+    if not (floor > 0 and math.isfinite(floor)):
+        raise ValueError(f"{op}: floor must be a positive number (got {floor})")
+
+
+def check_label_smoothing(op: str, label_smoothing: float) -> None:
+    """Refuse label smoothing outside 0 to 1."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be 0 to 1 (got {label_smoothing})")
 
 
 def _checked_losses(
@@ -235,48 +244,19 @@ def _checked(
     op = "blended_cross_entropy"
     if len(logits) < 2:
         raise ValueError(f"{op}: there must be at least 2 heads (got {len(logits)})")
-    first = logits[0]
-    shape, device = first.shape, first.device
-    if first.ndim < 2 or shape[1] < 1 or any(each.shape != shape for each in logits):
-        raise ValueError(
-            f"{op}: the logits must have one shape [B, C, ...] "
-            f"(got {[tuple(each.shape) for each in logits]})"
-        )
-    if any(each.dtype not in _FLOATS for each in logits):
-        raise TypeError(
-            f"{op}: the logits must be float64, float32, float16 or bfloat16 "
-            f"(got {[str(each.dtype) for each in logits]})"
-        )
-    soft = target.is_floating_point()
-    if not soft and target.dtype not in _INTEGERS:
-        raise TypeError(
-            f"{op}: target must be integer class indexes or floating soft labels "
-            f"(got {target.dtype})"
-        )
-    if target.shape != (shape if soft else shape[:1] + shape[2:]):
-        raise ValueError(
-            f"{op}: target must be one class index per sample, or soft labels shaped like the "
-            f"logits {tuple(shape)} (got {tuple(target.shape)})"
-        )
-    if any(each.device != device for each in (*logits, target)):
-        raise ValueError(
-            f"{op}: logits and target must be on one device "
-            f"(got {[str(each.device) for each in logits]} and {target.device})"
-        )
+    _checks.batch(op, logits, target)
     if target.requires_grad:
         raise ValueError(f"{op}: soft labels are constants, detach them (got requires_grad=True)")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be 0 to 1 (got {label_smoothing})")
-
+    check_label_smoothing(op, label_smoothing)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float64, device=device)
+        weights = torch.tensor(weights, dtype=torch.float64, device=target.device)
     if weights.shape != (len(logits),):
         raise ValueError(
             f"{op}: weights must be [{len(logits)}], one for each head (got {list(weights.shape)})"
         )
-    if weights.device != device:
+    if weights.device != target.device:
         raise ValueError(
-            f"{op}: weights must be on the logits' device {device} (got {weights.device})"
+            f"{op}: weights must be on the logits' device {target.device} (got {weights.device})"
         )
     if weights.requires_grad:
         raise ValueError(f"{op}: weights are constants, detach them (got requires_grad=True)")

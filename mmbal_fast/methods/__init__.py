@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmbal_fast.methods._blending_estimate import BlendingEstimate, estimate_blending_weights
+from mmbal_fast.methods.gradient_blending import GradientBlending, HeadLosses, SuperEpoch
 from mmbal_fast.methods.greedy import (
     ConditionalLearningSpeed,
     GreedyBalancing,
@@ -10,12 +12,20 @@ from mmbal_fast.methods.greedy import (
     UtilizationTable,
     conditional_utilization,
 )
+from mmbal_fast.methods.ogm_ge import OGMGE, ModulationRecord
 
 __all__ = [
+    "OGMGE",
+    "BlendingEstimate",
     "ConditionalLearningSpeed",
+    "GradientBlending",
     "GreedyBalancing",
     "GreedyLog",
     "GreedyRecord",
+    "HeadLosses",
+    "ModulationRecord",
+    "SuperEpoch",
     "UtilizationTable",
     "conditional_utilization",
+    "estimate_blending_weights",
 ]

@@ -415,13 +415,19 @@ def test_bad_input_is_refused() -> None:
             blended(*args, **options)
 
     refused(ValueError, r"at least 2 heads \(got 1\)", [a], target, [1.0])
-    refused(ValueError, r"one shape .*\(4, 3\), \(4, 2\)", [a, b[:, :2]], target, [1.0, 1.0])
-    refused(ValueError, r"one shape .*\(got \[\(4,\), \(4,\)", [a[:, 0], b[:, 0]], target, [1, 1])
-    refused(TypeError, "must be float64.*torch.int64", [a, b.long()], target, [1.0, 1.0])
-    refused(TypeError, "must be float64.*complex64", [a, b.to(torch.complex64)], target, [1.0, 1.0])
-    refused(TypeError, "integer class indexes.*torch.bool", [a, b], target.bool(), [1.0, 1.0])
-    refused(ValueError, r"one class index per sample.*\(3,\)", [a, b], target[:3], [1.0, 1.0])
-    refused(ValueError, r"one class index per sample.*\(4,\)", [a, b], target.float(), [1.0, 1.0])
+    refused(ValueError, r"one shape .*\[4, 3\], \[4, 2\]", [a, b[:, :2]], target, [1.0, 1.0])
+    refused(ValueError, r"one shape .*\(got \[\[4\], \[4\]", [a[:, 0], b[:, 0]], target, [1, 1])
+    refused(TypeError, "must be float32.*torch.int64", [a, b.long()], target, [1.0, 1.0])
+    refused(TypeError, "must be float32.*complex64", [a, b.to(torch.complex64)], target, [1.0, 1.0])
+    refused(TypeError, "integer labels.*torch.bool", [a, b], target.bool(), [1.0, 1.0])
+    refused(ValueError, r"target must have shape \[4\].*got \[3\]", [a, b], target[:3], [1.0, 1.0])
+    refused(
+        ValueError,
+        r"target must have shape \[4, 3\].*got \[4\]",
+        [a, b],
+        target.float(),
+        [1.0, 1.0],
+    )
     refused(ValueError, r"one device \(got.*meta", [a, b], target.to("meta"), [1.0, 1.0])
     refused(ValueError, r"one device \(got.*meta", [a, b.to("meta")], target, [1.0, 1.0])
     refused(ValueError, r"weights must be \[2\].*\(got \[3\]", [a, b], target, [1.0, 1.0, 1.0])

@@ -1,0 +1,85 @@
+"""Late fusion with a classifier for each modality beside the fused one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class MultiHeadLateFusion(nn.Module):
+    """Encoders, a linear head on each, and a linear head on the concatenated features.
+
+    The network that Gradient-Blending trains: Wang, Tran, Feiszli, "What Makes Training Multi-Modal
+    Classification Networks Hard?" (CVPR 2020), figure 2: M modalities give M + 1 heads. A model of
+    another shape works as well, if its forward returns such a dict of logits.
+
+    Args:
+        encoders: a module for each modality, from that modality's input to features ``[B, D_m]``.
+        widths: the number of features ``D_m`` of each modality.
+        num_classes: C.
+        fused: name of the fused head, default ``"fused"``. Its logits are what to predict from.
+        fused_head: from the concatenated features ``[B, D_0 + D_1 + ...]``, in the order of
+            ``encoders``, to ``[B, C]``. Default one ``nn.Linear``; the paper uses a small network.
+
+    Attributes:
+        head_names: names of the heads, modalities first, as `GradientBlending` takes them.
+        encoders: ``nn.ModuleDict`` of the encoders, as `OGMGE` takes them.
+        heads: ``nn.ModuleDict`` of the M + 1 heads.
+
+    Shape:
+        - Input: a mapping with the input of each modality.
+        - Output: a dict of ``[B, C]`` for each of ``head_names``, in that order.
+
+    Raises:
+        ValueError: fewer than two encoders, other names in ``widths``, or a modality with the name
+            of the fused head; in the forward pass, a modality missing or unknown.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast.nn import MultiHeadLateFusion
+        >>> encoders = {"audio": torch.nn.Linear(8, 3), "image": torch.nn.Flatten()}
+        >>> model = MultiHeadLateFusion(encoders, {"audio": 3, "image": 16}, num_classes=5)
+        >>> logits = model({"audio": torch.randn(2, 8), "image": torch.randn(2, 4, 4)})
+        >>> {name: tuple(each.shape) for name, each in logits.items()}
+        {'audio': (2, 5), 'image': (2, 5), 'fused': (2, 5)}
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        widths: Mapping[str, int],
+        num_classes: int,
+        *,
+        fused: str = "fused",
+        fused_head: nn.Module | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        op = "MultiHeadLateFusion"
+        if len(encoders) < 2:
+            raise ValueError(f"{op}: there must be at least 2 encoders (got {len(encoders)})")
+        if set(widths) != set(encoders):
+            raise ValueError(
+                f"{op}: widths must name the modalities {sorted(encoders)} (got {sorted(widths)})"
+            )
+        if fused in encoders:
+            raise ValueError(f"{op}: no modality may be called like the fused head (got {fused!r})")
+        self.encoders = nn.ModuleDict(encoders)
+        self.heads = nn.ModuleDict({m: nn.Linear(widths[m], num_classes) for m in encoders})
+        self.heads[fused] = fused_head or nn.Linear(sum(widths.values()), num_classes)
+        self.head_names = tuple(self.heads)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        if set(inputs) != set(self.encoders):
+            raise ValueError(
+                f"MultiHeadLateFusion: inputs must name the modalities {sorted(self.encoders)} "
+                f"(got {sorted(inputs)})"
+            )
+        features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+        *_, fused = self.head_names
+        logits = {name: self.heads[name](each) for name, each in features.items()}
+        logits[fused] = self.heads[fused](torch.cat(list(features.values()), dim=1))
+        return logits
