@@ -63,18 +63,6 @@ struct Simd {
   static MMBAL_HD U splat(uint32_t u) { return u - U{}; }
   static MMBAL_HD F splat(float x) { return x - F{}; }
   static MMBAL_HD F from_signed(U u) { return __builtin_convertvector((IntVector)u, F); }
-  static MMBAL_HD F from_unsigned(U u) {
-#if defined(__AVX512F__)
-    return (F)_mm512_cvtepu32_ps((__m512i)u);
-#elif defined(__aarch64__)
-    return (F)vcvtq_f32_u32((uint32x4_t)u);
-#else
-    // Halves as mantissas of 2^39 and 2^23; their difference is exact, so the sum rounds once.
-    const F high = (F)((u >> 16) | 0x53000000u);
-    const F low = (F)((u & 0xffffu) | 0x4b000000u);
-    return (high - 549764202496.0f) + low;
-#endif
-  }
   static MMBAL_HD U shift_right_signed(U u, int n) { return (U)((IntVector)u >> n); }
   static MMBAL_HD F select(U mask, F a, F b) {
 #if defined(__AVX512DQ__)

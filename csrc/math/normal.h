@@ -14,12 +14,16 @@ template <class V>
 MMBAL_HD typename V::F minus_two_log_uniform(typename V::U word) {
   using F = typename V::F;
   using U = typename V::U;
-  const F u = V::fma(V::from_unsigned(word), V::splat(0x1p-32f), V::splat(0x1p-33f));
-  // u = m 2^e with m in [sqrt(1/2), sqrt(2)).
+  // u or 1 - u, whichever is below a half: float32 has no room for the digits of u near 1, and
+  // the smallest radii are made of them.
+  const U upper = V::shift_right_signed(word, 31);
+  const F tail = V::fma(V::from_signed(word ^ upper), V::splat(0x1p-32f), V::splat(0x1p-33f));
+  const F u = V::select(word, tail, V::splat(1.0f) - tail);
+  // u = m 2^e with m in [sqrt(1/2), sqrt(2)), and f = m - 1: without rounding where e is 0.
   const U shifted = V::bits(u) - V::splat(0x3f3504f3u);
   const F e = V::from_signed(V::shift_right_signed(shifted, 23));
   const F m = V::from_bits((shifted & V::splat(0x007fffffu)) + V::splat(0x3f3504f3u));
-  const F f = m - V::splat(1.0f);
+  const F f = V::select(shifted, -tail, m - V::splat(1.0f));
   F p = V::splat(-0.1744471f);
   p = V::fma(p, f, V::splat(0.287336856f));
   p = V::fma(p, f, V::splat(-0.299045335f));

@@ -57,8 +57,7 @@ struct Scalar {
   }
   static MMBAL_HD U splat(uint32_t u) { return u; }
   static MMBAL_HD F splat(float x) { return x; }
-  // Nearest float of an unsigned, and of the same bits read as signed.
-  static MMBAL_HD F from_unsigned(U u) { return static_cast<F>(u); }
+  // Nearest float of the bits read as a signed integer.
   static MMBAL_HD F from_signed(U u) { return static_cast<F>(static_cast<int32_t>(u)); }
   static MMBAL_HD U shift_right_signed(U u, int n) {
     return static_cast<U>(static_cast<int32_t>(u) >> n);

@@ -1,0 +1,117 @@
+"""What the operations ask of their arguments, where the native module does not check it itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+RULES = ("cvpr2022", "cvpr2022_excess", "tpami2024")
+
+
+def number(op: str, name: str, value: float) -> float:
+    """A finite number that is not negative."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be a number from 0 on (got {value})")
+    return float(value)
+
+
+def word64(op: str, name: str, value: int) -> int:
+    """A 64-bit integer, as unsigned."""
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{op}: {name} must fit 64 bits (got {value})")
+    return value % 2**64
+
+
+def rule_name(op: str, rule: object) -> str:
+    """The name of a published rule."""
+    if rule not in RULES:
+        raise ValueError(
+            f"{op}: rule must be one of {', '.join(RULES)} or a callable (got {rule!r})"
+        )
+    return str(rule)
+
+
+def vector(op: str, name: str, value: Tensor, least: int) -> None:
+    """A one-dimensional floating point tensor of at least ``least`` elements."""
+    if value.ndim != 1 or len(value) < least or not value.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be floating point of shape [M], M >= {least} "
+            f"(got {value.dtype} of shape {list(value.shape)})"
+        )
+
+
+def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
+    """Logits of one shape ``[B, C, ...]`` on one device, and labels that fit them."""
+    if len(logits) == 0:
+        raise ValueError(f"{op}: logits must hold at least one tensor (got none)")
+    first = logits[0]
+    for each in logits:
+        if each.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: logits must be float32, float64, float16 or bfloat16 (got {each.dtype})"
+            )
+        if each.ndim < 2 or each.shape != first.shape or each.shape[1] == 0:
+            raise ValueError(
+                f"{op}: logits must have one shape [B, C] or [B, C, ...], C >= 1 "
+                f"(got {[list(x.shape) for x in logits]})"
+            )
+        if each.device != target.device:
+            raise ValueError(
+                f"{op}: logits and target must be on one device "
+                f"(got {each.device} and {target.device})"
+            )
+    soft = target.is_floating_point()
+    if not soft and target.dtype not in INTEGERS:
+        raise TypeError(
+            f"{op}: target must be integer labels or floating point soft labels "
+            f"(got {target.dtype})"
+        )
+    expected = first.shape if soft else first.shape[:1] + first.shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"{op}: target must have shape {list(expected)} for logits of shape "
+            f"{list(first.shape)} (got {list(target.shape)})"
+        )
+
+
+def label(names: Sequence[str] | None, index: int) -> str:
+    """What errors call a gradient."""
+    return f"gradient '{names[index]}'" if names is not None else f"gradient grads[{index}]"
+
+
+def gradients(op: str, grads: Sequence[Tensor | None], names: Sequence[str] | None) -> None:
+    """Dense floating point gradients: what the native module checks itself."""
+    for index, grad in enumerate(grads):
+        if grad is None:
+            continue
+        if grad.layout != torch.strided or grad.is_meta:
+            raise TypeError(
+                f"{op}: {label(names, index)} must be a plain dense tensor on cpu or cuda "
+                f"(got {type(grad).__name__}, {grad.layout}, {grad.dtype} on {grad.device})"
+            )
+        if grad.dtype not in FLOATS:
+            raise TypeError(
+                f"{op}: {label(names, index)} must be float32, float64, float16 or bfloat16 "
+                f"(got {grad.dtype})"
+            )
+        if overlapping(grad):
+            raise RuntimeError(
+                f"{op}: {label(names, index)} must not share memory between its elements "
+                f"(got shape {tuple(grad.shape)}, strides {grad.stride()})"
+            )
+
+
+def overlapping(tensor: Tensor) -> bool:
+    """Whether elements may share memory: a stride that does not step over what lies below it."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and tensor.numel() > 0:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False

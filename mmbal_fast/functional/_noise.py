@@ -1,0 +1,80 @@
+"""Noise as a pure function of seed, step, tensor and element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmbal_fast import _backend, reference
+from mmbal_fast.functional import _checks
+
+
+def noise_like(
+    tensor: Tensor, *, seed: int, step: int | Tensor, tensor_id: int = 0, offset: int = 0
+) -> Tensor:
+    """Standard normal noise that depends on nothing but its arguments.
+
+    Philox4x32-10 with the key ``seed`` and the counter ``(block, tensor_id, step)``, four elements
+    to a block, then Box-Muller on pairs of words. No generator of torch is read or advanced, and
+    the numbers do not depend on device, thread count, instruction set, chunking or sharding.
+
+    Elements count in logical order if ``tensor`` is contiguous, in memory order if it is dense in
+    another layout (channels_last, transposed), and in logical order if it has gaps.
+
+    Args:
+        tensor: float32, float64, float16 or bfloat16, any shape; gives shape, dtype, device and
+            layout. Not read.
+        seed: 64-bit seed.
+        step: step number, an int or an int64 tensor of one element on the device of ``tensor``; its
+            low 32 bits count.
+        tensor_id: 32-bit id of the tensor.
+        offset: global index of the tensor's first element, for shards; >= 0.
+
+    Returns:
+        A tensor like ``tensor``: float32 normals, rounded to its dtype.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: a seed, id or offset out of range.
+
+    Example:
+        >>> import torch
+        >>> from mmbal_fast import functional
+        >>> whole = functional.noise_like(torch.empty(8), seed=1, step=0)
+        >>> shard = functional.noise_like(torch.empty(3), seed=1, step=0, offset=5)
+        >>> torch.equal(whole[5:], shard)
+        True
+    """
+    op = "noise_like"
+    seed = _checks.word64(op, "seed", seed)
+    if not 0 <= tensor_id < 2**32:
+        raise ValueError(f"{op}: tensor_id must fit 32 bits (got {tensor_id})")
+    if offset < 0:
+        raise ValueError(f"{op}: offset must be from 0 on (got {offset})")
+    if tensor.dtype not in _checks.FLOATS:
+        raise TypeError(
+            f"{op}: tensor must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
+        )
+    if torch.compiler.is_compiling():
+        number, counter = (0, step) if isinstance(step, Tensor) else (step, None)
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        result: Tensor = torch.ops.mmbal.noise_like(
+            tensor, signed, number, counter, tensor_id, offset
+        )
+        return result
+    return noise_like_eager(tensor, seed, step, tensor_id, offset)
+
+
+@torch.no_grad()
+def noise_like_eager(
+    tensor: Tensor, seed: int, step: int | Tensor, tensor_id: int, offset: int
+) -> Tensor:
+    """`noise_like` on checked arguments."""
+    native = _backend.runs(tensor.device)
+    if native is None:
+        return reference.noise_like(
+            tensor, seed=seed, step=step, tensor_id=tensor_id, offset=offset
+        )
+    out = torch.empty_like(tensor, requires_grad=False)
+    native.noise_(out, seed, step, tensor_id, offset, torch.get_num_threads())
+    return out
