@@ -1,0 +1,314 @@
+"""`GreedyBalancing` against the algorithm written with `if`; resuming; no waiting."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmbal_fast.methods import GreedyBalancing
+from mmbal_fast.nn import MMTM
+
+
+class Net(nn.Module):
+    """A linear layer and a classifier for each branch, and two MMTMs."""
+
+    branches: Any
+    mmtms: Any
+
+    def __init__(self, count: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleDict(
+            {f"m{m}": nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)]) for m in range(count)}
+        )
+        self.mmtms = nn.ModuleList([MMTM([4] * count), MMTM([3] * count)])
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        features = list(inputs)
+        for layer, mmtm in enumerate(self.mmtms):
+            branches = self.branches.values()
+            features = mmtm(*(b[layer](x) for b, x in zip(branches, features, strict=True)))
+        return list(features)
+
+
+def backward(model: Net, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    logits = model(*(torch.randn(6, 3, generator=generator) for _ in model.branches))
+    model.zero_grad()
+    target = torch.arange(6) % 3
+    torch.stack([nn.functional.cross_entropy(each, target) for each in logits]).sum().backward()
+
+
+class Script:
+    """Sets gradients so that ``mu`` is what the script says."""
+
+    def __init__(self, count: int = 2, **options: Any) -> None:
+        self.model = Net(count)
+        self.balancing = GreedyBalancing(self.model, **options)
+        self.mu_main = [1.0] * count
+
+    def step(self, *mu_bypass: float) -> int:
+        """One step; the branch that the next one rebalances, -1 for none."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for m, branch in enumerate(self.model.branches.values()):
+            bypass = [p for mmtm in self.model.mmtms for p in mmtm.bypass_parameters(m)]
+            own = self.model.mmtms[0].gates[m].weight
+            self._fill(own, bypass, mu_bypass[m])
+            self._fill(branch[0].weight, list(branch.parameters()), self.mu_main[m])
+        branch = self.balancing.step().branch
+        for mmtm in self.model.mmtms:
+            expected = [m == branch for m in range(len(mu_bypass))]
+            assert mmtm.average_gate.tolist() == expected
+        return int(branch)
+
+    @staticmethod
+    def _fill(one: Tensor, group: list[Tensor], mu: float) -> None:
+        norm = sum(p.detach().double().square().sum() for p in group)
+        one.grad = torch.full_like(one, math.sqrt(mu * norm / one.numel()))
+
+
+def simulate(
+    script: list[tuple[float, float]], warmup: int, epsilon: float, window: int
+) -> list[int]:
+    """Which branch each step rebalances, with Python's numbers and `if`."""
+    totals, left, branch, out = [0.0, 0.0], 0, -1, []
+    for t, mu in enumerate(script, start=1):
+        out.append(branch)
+        if left:
+            left -= 1
+            if left == 0:
+                branch = -1
+            continue
+        totals = [total + each for total, each in zip(totals, mu, strict=True)]
+        difference = math.log10(totals[0] / totals[1])
+        if t > warmup and abs(difference) > epsilon:
+            left, branch = window, 0 if difference > 0 else 1
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_follows_the_algorithm(seed: int, window: int) -> None:
+    rng = random.Random(seed)
+    script = [(10 ** rng.uniform(-1, 1), 10 ** rng.uniform(-1, 1)) for _ in range(60)]
+    warmup, epsilon = rng.randrange(8), rng.choice([0.01, 0.1, 0.3])
+    run = Script(warmup_steps=warmup, epsilon=epsilon, window=window)
+    for mu in script:
+        run.step(*mu)
+    expected = simulate(script, warmup, epsilon, window)
+    assert max(expected) >= 0
+    assert run.balancing.log.rebalanced.tolist() == expected
+    # A decision is logged in the step before its window.
+    pairs = zip([-1, *expected], expected, strict=False)
+    opened = [now if now != before else -1 for before, now in pairs]
+    assert run.balancing.log.decision.tolist()[:-1] == opened[1:]
+
+
+def test_warms_up_first() -> None:
+    run = Script(warmup_steps=3, window=1)
+    assert [run.step(100.0, 1.0) for _ in range(6)] == [-1, -1, -1, 0, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("difference", "branch"), [(0.0101, 0), (0.0099, -1), (-0.0099, -1), (-0.0101, 1)]
+)
+def test_threshold_is_on_the_absolute_difference(difference: float, branch: int) -> None:
+    run = Script(warmup_steps=0)
+    assert run.step(10**difference, 1.0) == branch
+
+
+def test_window_has_its_length_and_pauses_accumulation() -> None:
+    run = Script(warmup_steps=0, window=3)
+    assert run.step(10.0, 1.0) == 0
+    speed = run.balancing.learning_speed.speed
+    assert [run.step(1.0, 1e6) for _ in range(3)] == [0, 0, -1]
+    assert torch.equal(run.balancing.learning_speed.speed, speed)
+    assert run.step(1.0, 1e6) == 1
+    assert not torch.equal(run.balancing.learning_speed.speed, speed)
+
+
+def test_of_three_the_fastest_is_rebalanced() -> None:
+    run = Script(3, warmup_steps=0, epsilon=0.5)
+    assert run.step(1.0, 1.0, 2.0) == -1
+    run = Script(3, warmup_steps=0, epsilon=0.5)
+    assert run.step(1.0, 10.0, 5.0) == 1
+    run = Script(3, warmup_steps=0, epsilon=0.5)
+    assert run.step(0.1, 1.0, 2.0) == 2  # 0.80 above the mean of the others
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rebalancing", [False, True])
+def test_step_that_is_not_finite_leaves_no_trace(bad: float, rebalancing: bool) -> None:
+    run = Script(warmup_steps=0 if rebalancing else 2, window=4)
+    run.step(10.0, 1.0)
+    before = copy.deepcopy(run.balancing.state_dict())
+    run.model.branches["m1"][0].weight.grad[0, 0] = bad
+    assert int(run.balancing.step().branch) == (0 if rebalancing else -1)
+    after = run.balancing.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before if k != "branches")
+
+
+def test_undefined_speeds_start_no_window() -> None:
+    run = Script(warmup_steps=0)
+    assert run.step(0.0, 1.0) == -1  # log10(0): branch 0 learns nothing from the other
+    run = Script(warmup_steps=0)
+    run.mu_main[0] = 0.0
+    assert run.step(1.0, 1.0) == -1
+
+
+def test_branch_in_a_window_learns_from_its_own_modality_only() -> None:
+    model = Net()
+    balancing = GreedyBalancing(model, warmup_steps=0, epsilon=0.0)
+    backward(model, 0)
+    chosen = int(balancing.step().branch)
+    assert chosen >= 0
+    backward(model, 1)
+    for mmtm in model.mmtms:
+        assert not mmtm.gates[chosen].weight.grad.any()
+        assert mmtm.gates[1 - chosen].weight.grad.any()
+
+
+def test_log_keeps_the_last_steps_in_order() -> None:
+    run = Script(warmup_steps=2, window=2, log_size=4)
+    speeds = []
+    for step in range(6):
+        run.step(1.0 + step, 1.0)
+        speeds.append(run.balancing.learning_speed.speed)
+    log = run.balancing.log
+    assert log.step.tolist() == [3, 4, 5, 6]
+    assert log.rebalanced.tolist() == [-1, 0, 0, -1]
+    assert log.decision.tolist() == [0, -1, -1, 0]
+    assert torch.equal(log.speed, torch.stack(speeds[2:]))
+
+
+def test_log_starts_empty() -> None:
+    log = Script(warmup_steps=0).balancing.log
+    assert log.step.shape == (0,)
+    assert log.speed.shape == (0, 2)
+
+
+def train(model: Net, balancing: GreedyBalancing, optimizer: Any, steps: range) -> list[int]:
+    branches = []
+    for step in steps:
+        backward(model, step)
+        branches.append(int(balancing.step().branch))
+        optimizer.step()
+    return branches
+
+
+def test_resumes_bit_for_bit_in_the_middle_of_a_window() -> None:
+    def setup() -> tuple[Net, GreedyBalancing, Any]:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, GreedyBalancing(model, warmup_steps=2, epsilon=0.0, log_size=16), optimizer
+
+    parts = setup()
+    before = train(*parts, range(5))
+    assert before[-1] >= 0  # a window is open
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    expected = train(*parts, range(5, 20))
+    file.seek(0)
+    others = setup()
+    for part, state in zip(others, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    for one, other in zip(parts[0].mmtms, others[0].mmtms, strict=True):
+        assert other.average_gate.any() or not one.average_gate.any()
+    assert train(*others, range(5, 20)) == expected
+    for one, other in zip(parts[0].parameters(), others[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(parts[1].log, others[1].log, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_state_is_a_copy() -> None:
+    run = Script(warmup_steps=0)
+    run.step(10.0, 1.0)
+    state = run.balancing.state_dict()
+    kept = copy.deepcopy(state)
+    run.step(10.0, 1.0)
+    assert all(torch.equal(state[k], kept[k]) for k in state if k != "branches")
+
+
+def test_refuses_other_states() -> None:
+    state = Script(warmup_steps=0).balancing.state_dict()
+    with pytest.raises(ValueError, match=r"log_size = 7 rows \(got 4096\)"):
+        Script(warmup_steps=0, log_size=7).balancing.load_state_dict(state)
+    other = Script(3, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"branches must be .*\(got \['m0', 'm1'\]\)"):
+        other.balancing.load_state_dict(state)
+
+
+def test_disabling_ends_the_window() -> None:
+    run = Script(warmup_steps=0)
+    assert run.step(10.0, 1.0) == 0
+    assert run.balancing.enabled
+    run.balancing.enabled = False
+    assert not any(mmtm.average_gate.any() for mmtm in run.model.mmtms)
+    state = run.balancing.state_dict()
+    assert run.step(10.0, 1.0) == -1
+    assert torch.equal(run.balancing.state_dict()["totals"], state["totals"])
+    run.balancing.enabled = True
+    assert run.step(10.0, 1.0) == 0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_never_makes_the_host_wait() -> None:
+    model = Net()
+    balancing = GreedyBalancing(model, warmup_steps=1, epsilon=0.0, window=2)
+    with HostReads() as reads:
+        for step in range(6):
+            backward(model, step)
+            balancing.step()
+        for mode in ("normal", "average_gate", "isolated"):
+            model.mmtms[0].set_mode(mode)
+            backward(model, 0)
+    assert reads.count == 0
+    with HostReads() as reads:
+        assert balancing.log.decision.max() >= 0
+    assert reads.count > 0
+
+
+def test_finds_branches_by_module() -> None:
+    model = Net()
+    assert GreedyBalancing(model, warmup_steps=0).branch_names == ("m0", "m1")
+    named = {"image": model.branches["m0"], "audio": model.branches["m1"]}
+    assert GreedyBalancing(model, warmup_steps=0, branches=named).branch_names == ("image", "audio")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": -1}, r"warmup_steps must be at least 0 \(got -1\)"),
+        ({"epsilon": math.nan}, r"epsilon must be at least 0 \(got nan\)"),
+        ({"epsilon": -0.1}, r"epsilon must be at least 0 \(got -0.1\)"),
+        ({"window": 0}, r"window must be at least 1 \(got 0\)"),
+        ({"log_size": 0}, r"log_size must be at least 1 \(got 0\)"),
+    ],
+)
+def test_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"GreedyBalancing: {message}"):
+        GreedyBalancing(Net(), **{"warmup_steps": 0, **options})
