@@ -89,5 +89,6 @@ $(VENV)/.has-build: requirements/build.txt $(CONSTRAINTS) | $(RUN)
 
 # Pure Python here, because `native` and `build` put the module in place and show their work.
 $(VENV)/.has-%: $(VENV)/.has-build pyproject.toml
+	@echo "installing torch and what make needs for '$*' into $(VENV): once, a few minutes"
 	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
