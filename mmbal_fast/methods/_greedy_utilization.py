@@ -289,7 +289,11 @@ def _correct(logits: Sequence[Tensor], labels: Tensor, ignore_index: int) -> Ten
 def _preserved(model: nn.Module, mmtms: Sequence[MMTM]) -> Iterator[None]:
     """Evaluation mode and no synchronisation inside; everything as before afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     groups = [mmtm.process_group for mmtm in mmtms]
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda)):
@@ -301,8 +305,8 @@ def _preserved(model: nn.Module, mmtms: Sequence[MMTM]) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for module, name, buffer, saved in buffers:
+                setattr(module, name, buffer.copy_(saved))
             for mmtm, group in zip(mmtms, groups, strict=True):
                 mmtm.process_group = group
 
