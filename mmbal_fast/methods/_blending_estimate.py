@@ -109,8 +109,8 @@ def estimate_blending_weights(
         >>> heads = ["audio", "fused"]
         >>> estimate = estimate_blending_weights(model, heads, train, evaluate, epochs=2)
         head        dG       dO      OGR   weight
-        audio    0.2000   0.1000   0.5000   0.8889
-        fused    0.4000   0.4000   1.0000   0.1111
+        audio   0.2000   0.1000   0.5000   0.8889
+        fused   0.4000   0.4000   1.0000   0.1111
         >>> model.weight
         Parameter containing:
         tensor([[1., 1.]], requires_grad=True)

@@ -55,9 +55,9 @@ def test_weights_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     torch.testing.assert_close(estimate.weights, model.table.new_tensor([0.8, 0.2, 0.0]))
     assert capsys.readouterr().out.splitlines() == [
         "head        dG       dO      OGR   weight",
-        "audio    0.5000   0.1000   0.2000   0.8000",
-        "image    0.5000   0.2000   0.4000   0.2000",
-        "fused   -0.2000   0.8000   4.0000   0.0000",
+        "audio   0.5000   0.1000   0.2000   0.8000",
+        "image   0.5000   0.2000   0.4000   0.2000",
+        "fused  -0.2000   0.8000   4.0000   0.0000",
     ]
     blending = GradientBlending(estimate.head_names, weights=estimate.weights)
     assert torch.equal(blending.weights, estimate.weights)
