@@ -30,7 +30,8 @@ View checked(const std::string& what, py::handle object, DLDataTypeCode code, in
   const View tensor = view(object, [&] { return what; });
   const DLDataType& type = tensor.tensor.dtype;
   if (type.code != code || type.bits != bits) {
-    throw py::type_error(what + " must have another dtype (got " + dtype_name(object) + ")");
+    throw py::type_error(what + " must be " + (code == kDLFloat ? "float" : "int") +
+                         std::to_string(bits) + " (got " + dtype_name(object) + ")");
   }
   if (tensor.layout != Layout::kDense) throw py::value_error(what + " must be contiguous");
   return tensor;
@@ -323,7 +324,7 @@ void scores(py::handle logits, py::handle target, int64_t ignore_index, py::hand
     const View labels = checked(op + ": target", target, kDLInt, 64);
     require_device(labels, op + ": target", result, "the logits");
     args.labels = static_cast<const int64_t*>(labels.data());
-    if (labels.on_cpu()) {
+    if (labels.tensor.device.device_type != kKernelDevice) {
       for (int64_t b = 0; b < args.batch; ++b) {
         const int64_t label = args.labels[b];
         if (label != ignore_index && (label < 0 || label >= args.classes)) {

@@ -205,8 +205,11 @@ def eager_(grads: Sequence[Tensor | None], update: Update) -> None:
     elif unfit is not None:
         # Tensors with gaps between their elements are updated in a packed copy.
         packed = list(grads)
+        copies: dict[object, Tensor] = {}  # one for a tensor that is listed twice
         for index in unfit:
-            packed[index] = grads[index].contiguous()
+            view = grads[index]
+            which = (view.data_ptr(), view.shape, view.stride())
+            packed[index] = copies.setdefault(which, view.contiguous())
         eager_(packed, update)
         for index in unfit:
             grads[index].copy_(packed[index])
@@ -283,7 +286,7 @@ def _reference_(grads: Sequence[Tensor | None], update: Update) -> None:
         first = owner.setdefault(grad.data_ptr(), index)
         if first == index:
             kept.append(index)
-        elif update.modality[first] != modality or grads[first].shape != grad.shape:  # type: ignore[union-attr]
+        elif update.modality[first] != modality or grads[first].numel() != grad.numel():  # type: ignore[union-attr]
             raise ValueError(
                 f"{op}: {_checks.label(update.names, index)} must belong to one modality and not "
                 f"share memory with another (got modalities {update.modality[first]} and "

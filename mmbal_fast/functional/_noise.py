@@ -76,5 +76,8 @@ def noise_like_eager(
             tensor, seed=seed, step=step, tensor_id=tensor_id, offset=offset
         )
     out = torch.empty_like(tensor, requires_grad=False)
+    if out.stride() != tensor.stride():  # gaps, which empty_like closes: logical order counts
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return out.copy_(noise_like_eager(packed, seed, step, tensor_id, offset))
     native.noise_(out, seed, step, tensor_id, offset, torch.get_num_threads())
     return out
