@@ -1,0 +1,103 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/launch.h"
+
+namespace mmbal::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+constexpr int64_t kCounterBytes = (kMaxTensors + 1 + 63) / 64 * 64 * sizeof(uint32_t);
+constexpr int64_t kRowBytes = kMaxTensors * 3 * sizeof(double);
+
+std::string describe(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
+}
+
+int64_t chunks_of(const Gradient& gradient) { return (gradient.count + kChunk - 1) / kChunk; }
+
+}  // namespace
+
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // reported here: not to be found again by whoever asks next
+  throw std::runtime_error(std::string(call) + ": " + describe(error));
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  check(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ == device) return;
+  check(cudaSetDevice(device), "cudaSetDevice");
+  changed_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (changed_) cudaSetDevice(before_);  // was current, so can be; and a destructor cannot throw
+}
+
+int64_t Tensors::fill(const Gradient* gradients, int64_t first, int64_t count, bool own_rows) {
+  size = 0;
+  int64_t chunks = 0;
+  for (int64_t g = first; g < count && size < kMaxTensors; ++g) {
+    const Gradient& gradient = gradients[g];
+    const int64_t more = chunks_of(gradient);
+    if (chunks + more > kMaxBlocks) {
+      if (size > 0) break;
+      throw std::runtime_error("mmbal_fast: a tensor must have at most " +
+                               std::to_string(kMaxBlocks * kChunk) + " elements (got " +
+                               std::to_string(gradient.count) + ")");
+    }
+    data[size] = gradient.data;
+    this->count[size] = gradient.count;
+    offset[size] = gradient.offset;
+    begin[size] = static_cast<int32_t>(chunks);
+    row[size] = own_rows ? size : static_cast<int32_t>(gradient.row);
+    modality[size] = gradient.modality;
+    id[size] = gradient.id;
+    dtype[size] = static_cast<uint8_t>(gradient.dtype);
+    chunks += more;
+    ++size;
+  }
+  begin[size] = static_cast<int32_t>(chunks);
+  return size;
+}
+
+Workspace::Workspace(void* memory) {
+  char* bytes = static_cast<char*>(memory);
+  tensor_counters = reinterpret_cast<uint32_t*>(bytes);
+  block_counter = tensor_counters + kMaxTensors;
+  rows = reinterpret_cast<double*>(bytes + kCounterBytes);
+  partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);
+  sums = rows;
+}
+
+int64_t Workspace::bytes_for_chunks(int64_t chunks) {
+  return kCounterBytes + kRowBytes + chunks * static_cast<int64_t>(sizeof(Partial));
+}
+
+int64_t Workspace::bytes_for_sums(int64_t sums) {
+  return kCounterBytes + sums * static_cast<int64_t>(sizeof(double));
+}
+
+int64_t workspace_bytes(const Gradient* gradients, int64_t count) {
+  int64_t chunks = 0;
+  for (int64_t g = 0; g < count; ++g) chunks += chunks_of(gradients[g]);
+  return Workspace::bytes_for_chunks(chunks);
+}
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+std::string unavailable() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess) return count > 0 ? "" : "found no CUDA device";
+  cudaGetLastError();
+  return "found no CUDA device: " + describe(error);
+}
+
+}  // namespace mmbal::cuda

@@ -1,0 +1,172 @@
+// Moments of gradients: one read of memory. A block measures a chunk from registers; the last block
+// of a tensor merges the tensor's chunks.
+#include "cuda/device.h"
+#include "math/moments.h"
+
+namespace mmbal::cuda {
+namespace {
+
+struct Measurement {
+  Tensors tensors;
+  double* out;         // [rows, 3]
+  Partial* partials;   // [chunks]
+  uint32_t* counters;  // [tensors]
+};
+
+// What a thread holds of a chunk.
+template <class T>
+class Values {
+ public:
+  using Compute = typename Element<T>::Compute;
+
+  __device__ __forceinline__ explicit Values(const Span<T>& span) : pieces_(span) {
+    const int thread = static_cast<int>(threadIdx.x);
+    MMBAL_UNROLL
+    for (int j = 0; j < kPackets; ++j) {
+      if (thread + j * kThreads < pieces_.groups) {
+        packets_[j] =
+            *reinterpret_cast<const uint4*>(span.data + pieces_.group_at(thread + j * kThreads));
+      }
+    }
+    if (pieces_.single(thread)) single_ = Element<T>::from(span.data[pieces_.single_at(thread)]);
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    MMBAL_UNROLL
+    for (int j = 0; j < kPackets; ++j) {
+      if (thread + j * kThreads < pieces_.groups) {
+        Compute x[kPacket];
+        Element<T>::unpack(packets_[j], x);
+        MMBAL_UNROLL
+        for (int i = 0; i < kPacket; ++i) f(x[i]);
+      }
+    }
+    if (pieces_.single(thread)) f(single_);
+  }
+
+ private:
+  static constexpr int kPacket = Element<T>::kPacket;
+  static constexpr int kPackets = kChunk / kThreads / kPacket;
+
+  Pieces<kPacket> pieces_;
+  uint4 packets_[kPackets];
+  Compute single_;
+};
+
+// Thread 0's result is the chunk's; returns whether it can be trusted, to all threads. A: the type
+// to add up in.
+template <class A, class T>
+__device__ __forceinline__ bool measure_in(const Values<T>& values, int count, Partial& result) {
+  __shared__ A sums[kWarps];
+  __shared__ A squares_of_warps[kWarps];
+  A sum = 0;
+  values.each([&](A x) { sum += x; });
+  const A pivot = block_sum(sum, sums) / static_cast<A>(count);
+  A shifted = 0;
+  A squares = 0;
+  values.each([&](A x) {
+    const A d = x - pivot;
+    shifted += d;
+    squares = fma(d, d, squares);
+  });
+  shifted = warp_sum(shifted);
+  squares = warp_sum(squares);
+  __syncthreads();  // all have read the pivot
+  if (threadIdx.x % 32 == 0) {
+    sums[threadIdx.x / 32] = shifted;
+    squares_of_warps[threadIdx.x / 32] = squares;
+  }
+  __syncthreads();
+  int out_of_range = 0;
+  if (threadIdx.x == 0) {
+    double total = 0;
+    double total_squares = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      total += sums[warp];
+      total_squares += squares_of_warps[warp];
+    }
+    result = partial_from_shifted(pivot, total, total_squares, count);
+    out_of_range = sizeof(A) == 4 && squares_out_of_range(total_squares, count);
+  }
+  return sizeof(A) == 8 || !__syncthreads_or(out_of_range);
+}
+
+template <class T>
+__device__ __forceinline__ Partial measure(const Span<T>& span) {
+  using Compute = typename Element<T>::Compute;
+  const Values<T> values(span);
+  Partial result;
+  if (measure_in<Compute>(values, span.count, result)) return result;
+  const Compute first = Element<T>::from(span.data[0]);
+  bool same = first - first == 0;
+  values.each([&](Compute x) { same &= x == first; });
+  if (__syncthreads_and(same)) return {first, 0.0};
+  measure_in<double>(values, span.count, result);
+  return result;
+}
+
+// As mmbal::merge, by all threads of a block.
+__device__ __forceinline__ void merge_chunks(const Partial* chunks, int64_t count, double* out) {
+  __shared__ double sums[kWarps];
+  const int64_t total = (count + kChunk - 1) / kChunk;
+  // Written by other blocks: past this multiprocessor's cache.
+  const auto load = [&](int64_t c) {
+    const double2 chunk = __ldcg(reinterpret_cast<const double2*>(chunks + c));
+    return Partial{chunk.x, chunk.y};
+  };
+  double sum = 0;
+  for (int64_t c = threadIdx.x; c < total; c += kThreads)
+    sum += load(c).mean * chunk_size(count, c);
+  const double mean = block_sum(sum, sums) / static_cast<double>(count);
+  double m2 = 0;
+  for (int64_t c = threadIdx.x; c < total; c += kThreads) {
+    m2 += m2_about(load(c), mean, chunk_size(count, c));
+  }
+  m2 = block_sum(m2, sums);
+  if (threadIdx.x == 0) {
+    out[0] = static_cast<double>(count);
+    out[1] = mean;
+    out[2] = m2;
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void moments_kernel(const Measurement __grid_constant__ m) {
+  const int chunk = static_cast<int>(blockIdx.x);
+  const int t = tensor_of_chunk(m.tensors, chunk);
+  const int begin = m.tensors.begin[t];
+  const int64_t count = m.tensors.count[t];
+  __shared__ bool last;
+  with_type(static_cast<DType>(m.tensors.dtype[t]), [&](auto type) {
+    const auto span = span_of_chunk<decltype(type)>(m.tensors.data[t], count, 0, chunk - begin);
+    const Partial partial = measure(span);
+    if (threadIdx.x == 0) m.partials[chunk] = partial;
+  });
+  if (threadIdx.x == 0) {
+    last = last_to_arrive(m.counters + t, static_cast<uint32_t>(m.tensors.begin[t + 1] - begin));
+  }
+  __syncthreads();
+  if (last) merge_chunks(m.partials + begin, count, m.out + 3 * int64_t{m.tensors.row[t]});
+}
+
+}  // namespace
+
+void launch_moments(const Tensors& tensors, double* out, const Workspace& workspace,
+                    const Queue& queue) {
+  const Measurement measurement{tensors, out, workspace.partials, workspace.tensor_counters};
+  launch(moments_kernel, dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue,
+         measurement);
+}
+
+void moments(const Gradient* gradients, int64_t count, double* out, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  const Workspace workspace(queue.workspace);
+  Tensors tensors;
+  for (int64_t first = 0; first < count;) {
+    first += tensors.fill(gradients, first, count, false);
+    launch_moments(tensors, out, workspace, queue);
+  }
+}
+
+}  // namespace mmbal::cuda
