@@ -1,0 +1,185 @@
+"""``mmbal-fast bench``: times the training step against what people run today."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mmbal_fast.bench import _providers as names
+from mmbal_fast.bench import _report
+from mmbal_fast.bench._measure import Counts, Provider, count, interleaved
+from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = [2**10, 2**13, 2**16, 2**19, 2**22, 2**25, 200_000_000]
+TENSORS = [1, 4, 16, 64, 250, 1000, 4000]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload whose providers are timed together."""
+
+    workload: Gradients | Scoring
+    dtype: torch.dtype
+    noise: bool = False
+    compiled: bool = False
+    part: str = "step"
+    """Or "noise" or "moments", which a step consists of."""
+    seconds: float = 4.0
+
+    @property
+    def name(self) -> str:
+        """As the results call it."""
+        return self.workload.name if self.part == "step" else f"{self.part} {self.workload.name}"
+
+    @property
+    def elements(self) -> int:
+        """How many are read."""
+        work = self.workload
+        if isinstance(work, Gradients):
+            return work.elements
+        return work.modalities * work.batch * work.classes
+
+    @property
+    def least_bytes(self) -> int:
+        """Each input read once, each output written once."""
+        both = isinstance(self.workload, Gradients) and self.part == "step"
+        return self.elements * self.dtype.itemsize * (2 if both else 1)
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        """Everything that does this."""
+        if isinstance(self.workload, Scoring):
+            return names.scoring(self.workload, self.dtype, device, self.workload.batch <= 64)
+        if self.part != "step":
+            return names.parts(self.workload, self.dtype, device)[self.part]
+        every = names.step(self.workload, self.dtype, device, self.noise, self.compiled)
+        if self.workload.name.startswith("scale-"):
+            return [each for each in every if each.name in (names.OURS, names.FLOOR)]
+        return every
+
+
+def quick_cases() -> Iterator[Case]:
+    """What is worth a minute."""
+    av = GRADIENTS["av-resnet18"]
+    yield Case(av, torch.float32, noise=True)
+    yield Case(av, torch.float32, seconds=2)
+    yield Case(av, torch.bfloat16, noise=True, seconds=2)
+    yield Case(GRADIENTS["tiny"], torch.float32, noise=True, seconds=1)
+    yield Case(av, torch.float32, part="noise", seconds=2)
+    yield Case(av, torch.float32, part="moments", seconds=2)
+    yield Case(Scoring(2, 64, 310), torch.float32, seconds=1)
+
+
+def all_cases(compiled: bool) -> Iterator[Case]:
+    """Everything."""
+    for workload in GRADIENTS.values():
+        for dtype in DTYPES:
+            for noise in (True, False):
+                compare = compiled and workload.name == "av-resnet18" and dtype == torch.float32
+                yield Case(workload, dtype, noise, compare)
+    for part in ("noise", "moments"):
+        for dtype in DTYPES:
+            yield Case(GRADIENTS["av-resnet18"], dtype, part=part)
+    for scoring in SCORING:
+        yield Case(scoring, torch.float32, seconds=1)
+    for elements in SCALES:
+        half = ((elements // 2,),)
+        workload = Gradients(f"scale-elements-{elements}", (half, half))
+        yield Case(workload, torch.float32, noise=True, seconds=1)
+    for tensors in TENSORS:
+        shapes = ((4096,),) * ((tensors + 1) // 2), ((4096,),) * max(1, tensors // 2)
+        yield Case(Gradients(f"scale-tensors-{tensors}", shapes), torch.float32, True, seconds=1)
+
+
+def run(cases: Sequence[Case], device: torch.device, console: Console) -> list[_report.Row]:
+    """Times the cases, with a progress bar.
+
+    Args:
+        cases: what to time.
+        device: where.
+        console: where the bar goes.
+
+    Returns:
+        A row for each provider of each case.
+    """
+    rows: list[_report.Row] = []
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("copy bandwidth", total=len(cases))
+        copy = names.copy_bandwidth(
+            device, lambda each: interleaved([each], device, 1.0)[each.name].median
+        )
+        for case in cases:
+            progress.update(task, description=f"{case.name} {str(case.dtype)[6:]}")
+            providers = case.providers(device)
+            timings = interleaved(providers, device, case.seconds)
+            for provider in providers:
+                counts = Counts()
+                if provider.name not in (names.COMPILED, names.GRAPH):
+                    provider.restore()
+                    counts = count(provider.run)
+                rows.append(
+                    _report.row(
+                        case.name,
+                        provider.name,
+                        device,
+                        case.dtype,
+                        case.noise,
+                        case.elements,
+                        case.least_bytes,
+                        timings[provider.name],
+                        counts,
+                        copy,
+                    )
+                )
+            progress.advance(task)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Times, prints a table, writes a CSV file and a picture.
+
+    Args:
+        argv: arguments after ``bench``.
+
+    Returns:
+        0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mmbal-fast bench", description="Times the training step against what people run."
+    )
+    parser.add_argument("--quick", action="store_true", help="the main workload, under a minute")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; default torch's")
+    parser.add_argument("--only", help="workloads whose name holds this text")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder to write")
+    options = parser.parse_args(argv)
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be from 1 on (got {options.threads})")
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    cases = list(quick_cases() if options.quick else all_cases(not options.no_compile))
+    if options.only:
+        cases = [case for case in cases if options.only in case.name]
+        if not cases:
+            parser.error(f"--only must be part of a workload's name (got {options.only!r})")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    rows = run(cases, device, console)
+    console.print(_report.table(rows))
+    stem = f"{device.type}-{torch.get_num_threads()}-threads{'-quick' if options.quick else ''}"
+    if device.type == "cuda":
+        stem = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    _report.write_csv(rows, options.out / f"{stem}.csv")
+    _report.draw(rows, options.out / f"{stem}.png")
+    console.print(f"wrote {options.out / stem}.csv and {options.out / stem}.png", soft_wrap=True)
+    return 0
