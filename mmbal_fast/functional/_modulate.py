@@ -38,6 +38,10 @@ class Update:
     """Add 1 to the tensor ``step`` at the end."""
     names: Sequence[str] | None = None
     """What errors call the gradients."""
+    inverse_scale: Tensor | None = None
+    """float32 ``[]``: multiply the gradients by it first, rounded to their type, see `unscales`."""
+    found_inf: Tensor | None = None
+    """float32 ``[]``: set to 1 if a gradient is not finite before ``inverse_scale``."""
 
     def only(self, kept: Sequence[int], total: int) -> Update:
         """The arguments for the gradients at the positions ``kept`` of ``total``."""
@@ -153,6 +157,11 @@ def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
         _traced_(grads, update)
     else:
         eager_(grads, update)
+
+
+def unscales(device: torch.device) -> bool:
+    """Whether `apply_` takes ``inverse_scale`` and ``found_inf`` on this device."""
+    return False
 
 
 def _traced_(grads: Sequence[Tensor | None], update: Update) -> None:

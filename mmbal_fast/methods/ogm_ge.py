@@ -7,16 +7,31 @@ Peng, Wei, Deng, Wang, Hu, "Balanced Multimodal Learning via On-the-fly Gradient
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmbal_fast.functional import _checks, _modulate, _scores
 from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT, Update
+from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.methods import _distributed
+from mmbal_fast.methods._grad_scaler import (
+    FusedUnscaling,
+    as_optimizers,
+    found_inf,
+    unscale_,
+)
 from mmbal_fast.reference import Rule
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
 Parameters: TypeAlias = nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 """What belongs to a modality: a module, parameters, or named parameters."""
@@ -33,15 +48,23 @@ class ModulationRecord:
     """
 
     scores: Tensor
-    """float32 ``[M]``: summed softmax probability of the true class."""
+    """float32 ``[M]``: summed softmax probability of the true class, over all ranks."""
     ratios: Tensor
     """float32 ``[M]``: discrepancy ratios; above 1 for a modality that dominates."""
     coefficients: Tensor
     """float32 ``[M]``: what the gradients were scaled by."""
+    skipped: Tensor
+    """bool ``[]``: the gradients were not finite, so the `GradScaler` that was given to the step
+    skips the optimizer's. False without one."""
 
     def clone(self) -> ModulationRecord:
         """A copy that later steps do not change."""
-        return ModulationRecord(self.scores.clone(), self.ratios.clone(), self.coefficients.clone())
+        return ModulationRecord(
+            self.scores.clone(),
+            self.ratios.clone(),
+            self.coefficients.clone(),
+            self.skipped.clone(),
+        )
 
 
 def _select_weights(name: str, parameter: nn.Parameter) -> bool:
@@ -69,12 +92,18 @@ class OGMGE:
             Parameters without names get their position as name.
         seed: 64-bit seed of the noise. Nothing is drawn from torch's generators.
         process_group: whose ranks share their scores, so that all compute the same coefficients;
-            default all ranks if torch.distributed is initialised.
+            default all ranks if torch.distributed is initialised, as in DistributedDataParallel.
+            With tensor parallelism give the data-parallel group, or each sample counts once per
+            rank that sees it, in the scores but not in the ratios. Made before torch.distributed
+            is initialised, the object joins at its first step.
+
+    What works with what, and the order of calls: ``docs/training_stacks.md``.
 
     Raises:
         ValueError: fewer than two modalities, a modality without selected parameters, a parameter
             in two modalities, negative or NaN ``alpha`` or ``noise``, an unknown rule.
-        TypeError: a modality that is no module and holds no parameters.
+        TypeError: a modality that is no module and holds no parameters, or whose parameters are
+            flattened by FSDP1 or partitioned by DeepSpeed's ZeRO.
 
     Example:
         >>> import torch
@@ -103,7 +132,7 @@ class OGMGE:
         rule: Rule = "cvpr2022",
         select: Select | None = None,
         seed: int = 0,
-        process_group: Any = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         op = type(self).__name__
         self.alpha = _checks.number(op, "alpha", alpha)
@@ -120,15 +149,45 @@ class OGMGE:
             raise ValueError(f"{op}: modalities must be at least two (got {list(modalities)})")
         self.modality_names = tuple(modalities)
         """The order of the entries of a `ModulationRecord`."""
-        self._parameters, self._modality, self._names = _collect(
-            op, modalities, select or _select_weights
-        )
-        self._tensor_ids = _ids(self._names)
+        self._modalities: dict[str, nn.Module | list[Any]] = {}
+        for name, value in modalities.items():
+            if isinstance(value, DistributedDataParallel | nn.DataParallel):
+                value = value.module
+            if not isinstance(value, nn.Module):
+                value = [value] if isinstance(value, Tensor) else list(value)  # type: ignore[assignment]
+            self._modalities[name] = value  # type: ignore[assignment]
+        self._select = select or _select_weights
+        self.refresh()
         self._pending = False  # scores observed since the last step
-        self._state: Tensor | None = None  # [3, M] scores, ratios, coefficients
-        self._counter = torch.zeros(1, dtype=torch.int64)  # steps done, on the state's device
+        home = self._parameters[0].device
+        self._counter = torch.zeros(1, dtype=torch.int64)  # steps done
         self._status = torch.zeros(1, dtype=torch.int32)
-        self._process_group = process_group
+        self._allocate(torch.device("cpu") if home.type == "meta" else home)
+        self.process_group = process_group
+        """The group given, or None for all ranks."""
+        self._group: ProcessGroup | None = None  # with other ranks in it
+        self._join()
+
+    def refresh(self) -> None:
+        """Looks for the modalities' parameters again.
+
+        Call it after parameters were added to a module, removed, or replaced by others. A step that
+        finds no gradient at all does so by itself, so that ``fully_shard`` may come after the
+        constructor.
+
+        Raises:
+            ValueError: as the constructor does.
+            TypeError: as the constructor does.
+        """
+        op = type(self).__name__
+        parameters, modality, names = _collect(op, self._modalities, self._select)
+        ids = _ids(names)
+        shards = _distributed.ShardLayout.of(op, parameters, names)
+        self._parameters, self._names, self._shards = parameters, names, shards
+        pieces = range(len(names)) if shards is None else shards.parameters
+        self._modality = [modality[index] for index in pieces]
+        self._tensor_ids = [ids[index] for index in pieces]
+        self._piece_names = [names[index] for index in pieces]
 
     def observe(
         self, logits: Mapping[str, Tensor], target: Tensor, *, ignore_index: int = -100
@@ -178,14 +237,24 @@ class OGMGE:
         target: Tensor | None = None,
         *,
         ignore_index: int = -100,
+        grad_scaler: GradScaler | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
         error_if_nonfinite: bool = False,
     ) -> ModulationRecord:
         """Modulates the gradients in place. Call it after ``backward`` and before the optimizer.
+
+        All ranks of a process group must call it equally often: one all-reduce of M float32, and
+        with FSDP2 one of 3 T float64.
 
         Args:
             logits: as for `observe`, or None if `observe` was called for every micro-batch.
             target: as for `observe`.
             ignore_index: as for `observe`.
+            grad_scaler: scaler whose ``scale`` the loss went through. Its optimizers' gradients are
+                unscaled, unless ``grad_scaler.unscale_`` was called before, in the same pass over
+                memory where there is one optimizer. A step that the scaler is going to skip does
+                not count. Then call ``grad_scaler.step(optimizer)`` as always.
+            optimizer: the optimizer, or all of them, that ``grad_scaler`` steps.
             error_if_nonfinite: read the gradients' moments back to the host and raise before
                 anything is written, and raise for what `check` finds.
 
@@ -197,48 +266,131 @@ class OGMGE:
             RuntimeError: nothing was observed since the last step; a gradient whose elements share
                 memory; with ``error_if_nonfinite``, a gradient that holds NaN or inf.
             ValueError: as for `observe`; only one of ``logits`` and ``target``; logits on the CPU
-                with gradients elsewhere.
+                with gradients elsewhere; ``grad_scaler`` without ``optimizer`` or with
+                ``error_if_nonfinite``.
             TypeError: a gradient that is sparse, complex or integer.
         """
+        op = "OGMGE.step"
+        if (logits is None) != (target is None):
+            raise ValueError(f"{op}: logits and target must be given together (got one)")
+        scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        optimizers = as_optimizers(op, optimizer) if scaler is not None else []
+        if scaler is not None and error_if_nonfinite:
+            raise ValueError(
+                f"{op}: error_if_nonfinite must not be set with a grad_scaler, which skips such "
+                "steps (got both)"
+            )
         if logits is not None and target is not None:
             self.observe(logits, target, ignore_index=ignore_index)
-        elif logits is not None or target is not None:
-            raise ValueError("OGMGE.step: logits and target must be given together (got one)")
-        state = self._state
-        if not self._pending or state is None:
+        if not self._pending:
             raise RuntimeError(
-                "OGMGE.step: needs scores, from observe() or from logits and target "
+                f"{op}: needs scores, from observe() or from logits and target "
                 "(got none since the last step)"
             )
+        if error_if_nonfinite:
+            self.check()
+        work = self._sum_scores()
+        if self.enabled:
+            self._modulate(work, scaler, optimizers, error_if_nonfinite)
+        else:
+            self._derive(work)
+            if scaler is not None:
+                unscale_(scaler, optimizers)
+        if scaler is not None:
+            self._skipped.copy_(found_inf(scaler, optimizers, self._skipped.device))
+            if self.enabled:
+                self._counter.add_(~self._skipped)
+        self._pending = False
+        self.last = self._record if scaler is None else self._scaled_record
+        return self.last
+
+    @torch.no_grad()
+    def _modulate(
+        self,
+        work: dist.Work | None,
+        scaler: GradScaler | None,
+        optimizers: Sequence[Optimizer],
+        error_if_nonfinite: bool,
+    ) -> None:
+        grads = self._gradients()
+        if all(grad is None for grad in grads):
+            self.refresh()
+            grads = self._gradients()
+        shards, fused, moments = self._shards, None, None
+        if scaler is not None:
+            if shards is None and _modulate.unscales(self._state.device):
+                fused = FusedUnscaling.of(scaler, optimizers, self._parameters, grads)
+            if fused is None:
+                unscale_(scaler, optimizers)
+        if error_if_nonfinite or (shards is not None and self.noise != 0):
+            moments = gradient_moments_eager(grads, self._names)
+            if shards is not None:
+                shards.complete_(moments)
+            if error_if_nonfinite:
+                _modulate.finite_moments("OGMGE.step", grads, moments, self._names)
+        self._derive(work)
+        _modulate.apply_(
+            grads if shards is None else shards.split(grads),
+            Update(
+                coefficients=self._state[2],
+                modality=self._modality,
+                noise=self.noise,
+                seed=self.seed,
+                step=self._counter,
+                tensor_ids=self._tensor_ids,
+                offsets=None if shards is None else shards.offsets,
+                moments=moments if shards is None else shards.per_piece(moments),
+                status=self._status,
+                advance=scaler is None,
+                names=self._piece_names,
+                inverse_scale=None if fused is None else fused.inverse_scale,
+                found_inf=None if fused is None else fused.found_inf,
+            ),
+        )
+        if fused is not None:
+            fused.finish()
+
+    def _gradients(self) -> list[Tensor | None]:
+        # A frozen parameter may hold an old gradient, and zero ones would get noise of size eps.
+        if self._shards is None:
+            return [each.grad if each.requires_grad else None for each in self._parameters]
+        return self._shards.local_gradients(self._parameters)
+
+    def _join(self) -> None:
+        """Finds the other ranks, if there are any by now."""
+        if self._group is None:
+            self._group = _distributed.resolve_group(self.process_group)
+            if self._group is not None:
+                self.seed = _distributed.broadcast_seed(self.seed, self._group)
+
+    def _sum_scores(self) -> dist.Work | None:
+        """Starts to sum the scores over the ranks."""
+        self._join()
+        if self._group is None:
+            return None
+        in_graph = torch.compiler.is_compiling()
+        work: dist.Work | None = dist.all_reduce(
+            self._state[0], group=self._group, async_op=not in_graph
+        )
+        return work
+
+    def _derive(self, work: dist.Work | None) -> None:
+        """Ratios and coefficients from the scores, once they are summed."""
+        state = self._state
+        alpha = self.alpha if self.enabled else 0.0
+        if work is not None:
+            work.wait()  # on CUDA the stream waits, not the host
+        if self._group is None:
+            pass  # done where they were observed
+        elif torch.compiler.is_compiling():
+            torch.ops.mmbal.derive_(state, True, alpha, self._rule_name)
+        else:
+            _scores.derive_eager_(state, True, alpha, self._rule_name)
         if callable(self.rule):
             if self.enabled:
                 state[2] = _scores.modulation_coefficients(state[1], 0.0, rule=self.rule)
             else:
                 state[2] = 1.0
-        if self.enabled:
-            grads = [parameter.grad for parameter in self._parameters]
-            moments = None
-            if error_if_nonfinite:
-                self.check()
-                moments = _modulate.finite_moments("OGMGE.step", grads, None, self._names)
-            _modulate.apply_(
-                grads,
-                Update(
-                    coefficients=state[2],
-                    modality=self._modality,
-                    noise=self.noise,
-                    seed=self.seed,
-                    step=self._counter,
-                    tensor_ids=self._tensor_ids,
-                    moments=moments,
-                    status=self._status,
-                    advance=True,
-                    names=self._names,
-                ),
-            )
-        self._pending = False
-        self.last = self._record
-        return self._record
 
     def check(self) -> None:
         """Raises for what the kernels found on the device since the last check. Reads the host.
@@ -253,6 +405,29 @@ class OGMGE:
             raise IndexError("OGMGE: target must be in [0, C) or ignore_index (got another label)")
         if status & NON_FINITE_GRADIENT:
             raise RuntimeError("OGMGE: gradients must be finite (got NaN or inf in some)")
+
+    def check_in_sync(self) -> None:
+        """Raises if the ranks' seeds, step numbers, parameters or coefficients differ.
+
+        For debugging: one all-gather of 48 bytes, read by the host. Does nothing on a single rank.
+
+        Raises:
+            RuntimeError: names what differs, with what each rank has.
+        """
+        self._join()
+        if self._group is not None:
+            _distributed.require_equal(
+                "OGMGE.check_in_sync",
+                {
+                    "seed": self.seed,
+                    "step": int(self._counter.item()),
+                    "enabled": int(self.enabled),
+                    "hash of alpha, noise and rule": _hash(self.alpha, self.noise, self._rule_name),
+                    "hash of the parameters' names": _hash(self._names),
+                    "hash of the coefficients": _hash(self._state[2].tolist()),
+                },
+                self._group,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit for bit. Reads the step number from the device."""
@@ -282,19 +457,24 @@ class OGMGE:
         )
 
     def _state_on(self, device: torch.device) -> Tensor:
-        state = self._state
-        if state is None or state.device != device:
-            state = torch.ones(3, len(self.modality_names), device=device)
-            self._state = state
-            self._record = ModulationRecord(state[0], state[1], state[2])
-            self._counter = self._counter.to(device)
-            self._status = self._status.to(device)
+        if self._state.device != device:
+            self._allocate(device)
             self._pending = False
-        return state
+        return self._state
+
+    def _allocate(self, device: torch.device) -> None:
+        state = torch.ones(3, len(self.modality_names), device=device)
+        self._state = state  # scores, ratios, coefficients
+        self._skipped = torch.zeros((), dtype=torch.bool, device=device)
+        never = torch.zeros_like(self._skipped)
+        self._record = ModulationRecord(state[0], state[1], state[2], never)
+        self._scaled_record = ModulationRecord(state[0], state[1], state[2], self._skipped)
+        self._counter = self._counter.to(device)
+        self._status = self._status.to(device)
 
 
 def _collect(
-    op: str, modalities: Mapping[str, Parameters] | nn.ModuleDict, select: Select
+    op: str, modalities: Mapping[str, nn.Module | list[Any]], select: Select
 ) -> tuple[list[nn.Parameter], list[int], list[str]]:
     """The selected parameters, once each, their modality's index, and their qualified names."""
     parameters: list[nn.Parameter] = []
@@ -303,10 +483,17 @@ def _collect(
     seen: dict[int, int] = {}
     for index, (modality, value) in enumerate(modalities.items()):
         found = False
-        for name, parameter in _named(op, modality, value):
+        named = _named(op, modality, value)
+        _distributed.refuse_flattened(op, modality, value, [parameter for _, parameter in named])
+        for name, parameter in named:
             if not select(name, parameter):
                 continue
             found = True
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ValueError(
+                    f"{op}: parameters must have a shape before the method is made; pass a batch "
+                    f"through the model first (got uninitialised '{modality}.{name}')"
+                )
             qualified = f"{modality}.{name}"
             first = seen.setdefault(id(parameter), len(parameters))
             if first == len(parameters):
@@ -326,15 +513,15 @@ def _collect(
     return parameters, owners, names
 
 
-def _named(op: str, modality: str, value: Parameters) -> list[tuple[str, nn.Parameter]]:
+def _named(op: str, modality: str, value: nn.Module | list[Any]) -> list[tuple[str, nn.Parameter]]:
     if isinstance(value, nn.Module):
         # What wrappers add to the names goes, so that a run may resume with or without them.
         return [
-            (name.replace("_orig_mod.", ""), parameter)
+            (name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""), parameter)
             for name, parameter in value.named_parameters()
         ]
     named = []
-    for position, item in enumerate([value] if isinstance(value, Tensor) else value):
+    for position, item in enumerate(value):
         name, parameter = item if isinstance(item, tuple) else (str(position), item)
         if not isinstance(parameter, Tensor):
             raise TypeError(
@@ -354,3 +541,7 @@ def _ids(names: list[str]) -> list[int]:
             number = (number + 1) % 2**32
         ids[number] = None
     return list(ids)
+
+
+def _hash(*values: object) -> int:
+    return zlib.crc32(repr(values).encode())
