@@ -139,8 +139,7 @@ class MMTM(nn.Module):
         )
         if self.training:
             self._update_averages(squeezed.detach(), gate.detach())
-            average = self.running_gate.to(gate.dtype)
-            gate = torch.where(self.average_gate[self._branch], average, gate)
+            gate = torch.where(self.average_gate[self._branch], self.running_gate, gate)
         return tuple(
             x * g.to(x.dtype).reshape(g.shape + (1,) * (x.ndim - 2))
             for x, g in zip(features, torch.split(gate, list(self.channels), dim=1), strict=True)
