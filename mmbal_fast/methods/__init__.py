@@ -12,6 +12,7 @@ from mmbal_fast.methods.greedy import (
     UtilizationTable,
     conditional_utilization,
 )
+from mmbal_fast.methods.history import ModulationHistory
 from mmbal_fast.methods.ogm_ge import OGMGE, ModulationRecord
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GreedyLog",
     "GreedyRecord",
     "HeadLosses",
+    "ModulationHistory",
     "ModulationRecord",
     "SuperEpoch",
     "UtilizationTable",
