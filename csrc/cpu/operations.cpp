@@ -194,9 +194,11 @@ void scores(const Scores& args, int threads) {
     if (args.labels == nullptr) {
       row_scores[i] = table.soft_row_score[dtype](row, args.classes,
                                                   static_cast<const char*>(args.soft[m]) + at);
+    } else if (args.labels[b] == args.ignore_index) {
+      return;
     } else if (args.labels[b] >= 0 && args.labels[b] < args.classes) {
       row_scores[i] = table.row_score[dtype](row, args.classes, args.labels[b]);
-    } else if (args.labels[b] != args.ignore_index) {
+    } else {
       in_range = false;
     }
   });
