@@ -13,7 +13,7 @@ namespace mmbal {
 // The elements of one dense gradient, or of one shard of it.
 struct Gradient {
   void* data;
-  int64_t count;     // > 0
+  int64_t count;  // > 0
   DType dtype;
   int32_t modality;  // row of the coefficients
   uint32_t id;       // tensor id of the noise
@@ -23,7 +23,7 @@ struct Gradient {
 
 struct NoiseSource {
   uint64_t seed;
-  int64_t step;             // used where step_pointer is null
+  int64_t step;  // used where step_pointer is null
   const int64_t* step_pointer;
 };
 
@@ -32,9 +32,9 @@ struct Modulation {
   double noise;
   double eps;
   NoiseSource source;
-  const double* moments;      // [T, 3] of the whole tensors, or null: measured here
-  int32_t* status;            // kNonFiniteGradient is or-ed in; may be null
-  int64_t* advance;           // step counter incremented at the end; may be null
+  const double* moments;  // [T, 3] of the whole tensors, or null: measured here
+  int32_t* status;        // kNonFiniteGradient is or-ed in; may be null
+  int64_t* advance;       // step counter incremented at the end; may be null
 };
 
 // Softmax scores of M modalities over a batch, and what follows from them.
@@ -42,14 +42,14 @@ struct Scores {
   const void* const* logits;  // M pointers to [B, C], rows contiguous
   const DType* dtypes;        // M
   int64_t modalities, batch, classes;
-  const int64_t* labels;      // [B], or null:
-  const void* const* soft;    // M pointers to [B, C] soft labels, in the type of logits[m]
+  const int64_t* labels;    // [B], or null:
+  const void* const* soft;  // M pointers to [B, C] soft labels, in the type of logits[m]
   int64_t ignore_index;
-  bool accumulate;            // add to the scores already in state
-  float* state;               // [3, M] float32: scores, ratios, coefficients
+  bool accumulate;  // add to the scores already in state
+  float* state;     // [3, M] float32: scores, ratios, coefficients
   float alpha;
-  Rule rule;                  // kNone leaves the coefficients alone
-  int32_t* status;            // kLabelOutOfRange is or-ed in; may be null
+  Rule rule;        // kNone leaves the coefficients alone
+  int32_t* status;  // kLabelOutOfRange is or-ed in; may be null
 };
 
 // What of `state` to derive from the row before it.
@@ -61,6 +61,29 @@ struct Derivation {
   Rule rule;
 };
 
+// Cross-entropies of K heads for one target, and their weighted sum.
+struct CrossEntropy {
+  const void* const* logits;  // K pointers to [rows, classes]
+  const DType* dtypes;        // K, all of them float64 or none
+  int64_t heads, rows, classes;
+  const int64_t* labels;  // [rows], or null:
+  const void* soft;       // [rows, classes], as all below float64 if the logits are, else float32
+  int64_t ignore_index;
+  double smoothing;
+  const double* weights;  // [K]
+  // Written by the forward, read by the backward.
+  void* normalizers;  // [2, K, rows]: maximum of each row, log of its sum of exp(x - maximum)
+  int64_t* count;     // rows that are not ignored
+  // Written by the forward.
+  void* loss;
+  void* losses;  // [K]
+  // For the backward: the loss's gradient and where those of the logits go.
+  const void* grad;
+  void* const* grads;  // K pointers to [rows, classes]
+
+  bool wide() const { return dtypes[0] == DType::kFloat64; }
+};
+
 namespace cpu {
 
 // Writes (count, mean, M2) to rows `row` of out [T, 3].
@@ -69,6 +92,8 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
 void noise(const Gradient& tensor, const NoiseSource& source, int threads);
 void scores(const Scores& scores, int threads);
 void derive(const Derivation& derivation);
+void cross_entropy(const CrossEntropy& args, int threads);
+void cross_entropy_backward(const CrossEntropy& args, int threads);
 
 void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]);
 
@@ -86,6 +111,7 @@ struct Queue {
 
 int64_t workspace_bytes(const Gradient* gradients, int64_t count);
 int64_t scores_workspace_bytes(int64_t modalities, int64_t batch);
+int64_t cross_entropy_workspace_bytes(int64_t heads, int64_t rows);
 
 // As in cpu; each returns once the work is queued. Throws std::runtime_error naming the CUDA call
 // that failed.
@@ -95,10 +121,12 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
 void noise(const Gradient& tensor, const NoiseSource& source, const Queue& queue);
 void scores(const Scores& scores, const Queue& queue);
 void derive(const Derivation& derivation, const Queue& queue);
+void cross_entropy(const CrossEntropy& args, const Queue& queue);
+void cross_entropy_backward(const CrossEntropy& args, const Queue& queue);
 void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]);
 
-int device_count();           // 0 where there is no driver
-std::string unavailable();    // why device_count() is 0, else empty
+int device_count();         // 0 where there is no driver
+std::string unavailable();  // why device_count() is 0, else empty
 
 }  // namespace cuda
 }  // namespace mmbal

@@ -15,8 +15,8 @@
 namespace mmbal {
 namespace {
 
-constexpr int kGroup = 4 * kWidth;      // elements that one vector Philox call makes
-constexpr int kLanes = 32;              // running sums: the same on every instruction set
+constexpr int kGroup = 4 * kWidth;  // elements that one vector Philox call makes
+constexpr int kLanes = 32;          // running sums: the same on every instruction set
 constexpr int kVectors = kLanes / kWidth;
 
 double pairwise_sum(const double* x, int n) {
@@ -39,6 +39,10 @@ MMBAL_HD double to_double(T x) {
 }
 template <class T>
 MMBAL_HD T splat_as(float x);
+template <>
+MMBAL_HD double splat_as<double>(float x) {
+  return x;
+}
 template <>
 MMBAL_HD float splat_as<float>(float x) {
   return x;
@@ -193,16 +197,15 @@ MMBAL_HD void transform_tail(T* x, int64_t count, F&& f) {
 }
 
 template <class T>
-void scale_and_add_noise(void* data, int64_t count, double k, double amplitude,
-                         const NoiseKey& key, uint64_t index) {
+void scale_and_add_noise(void* data, int64_t count, double k, double amplitude, const NoiseKey& key,
+                         uint64_t index) {
   T* x = static_cast<T*>(data);
   const Update<T> update{Simd::splat(static_cast<float>(k)),
                          Simd::splat(static_cast<float>(amplitude))};
   if ((index & 3) == 0) {
     const int64_t whole = count - count % kGroup;
-    for_each_normal(key, index, whole, [&](int64_t i, FloatVector z) {
-      store(x + i, update(load(x + i), z));
-    });
+    for_each_normal(key, index, whole,
+                    [&](int64_t i, FloatVector z) { store(x + i, update(load(x + i), z)); });
     x += whole;
     count -= whole;
     index += static_cast<uint64_t>(whole);
@@ -404,6 +407,11 @@ double soft_row_score<double>(const void* data, int64_t classes, const void* wei
 }
 
 }  // namespace
+}  // namespace mmbal
+
+#include "cpu/cross_entropy.h"
+
+namespace mmbal {
 
 // The order of DType.
 #define MMBAL_FOR_EACH_DTYPE(f) {f<float>, f<double>, f<Half>, f<BFloat16>}
@@ -418,6 +426,8 @@ const KernelTable MMBAL_CONCAT(kernels_, MMBAL_ISA) = {
     MMBAL_FOR_EACH_DTYPE(noise),
     MMBAL_FOR_EACH_DTYPE(row_score),
     MMBAL_FOR_EACH_DTYPE(soft_row_score),
+    MMBAL_FOR_EACH_DTYPE(cross_entropy),
+    MMBAL_FOR_EACH_DTYPE(cross_entropy_gradient),
 };
 
 }  // namespace mmbal

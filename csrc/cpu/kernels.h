@@ -16,6 +16,18 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+// Rows of one head's logits, and what they should be.
+struct Rows {
+  const void* logits;  // [rows, classes]
+  int64_t classes;
+  const int64_t* labels;  // [rows], or null:
+  const void* soft;       // [rows, classes], float64 if the logits are, else float32; or null
+  int64_t ignore_index;
+  double smoothing;
+  void* top;      // [rows] maximum of each row, in the type of `soft`
+  void* log_sum;  // [rows] log of the sum of exp(x - maximum)
+};
+
 struct KernelTable {
   const char* name;
 
@@ -39,6 +51,13 @@ struct KernelTable {
   // (same type as the row).
   double (*row_score[kDTypes])(const void* row, int64_t classes, int64_t label);
   double (*soft_row_score[kDTypes])(const void* row, int64_t classes, const void* weights);
+
+  // Sum of the cross-entropies of rows [first, end); writes their top and log_sum.
+  double (*cross_entropy[kDTypes])(const Rows& rows, int64_t first, int64_t end);
+
+  // From top and log_sum: scale times the gradients of these rows, to the same rows of `out`.
+  void (*cross_entropy_gradient[kDTypes])(const Rows& rows, int64_t first, int64_t end,
+                                          double scale, void* out);
 };
 
 // The best table that this processor runs, or the one that MMBAL_CPU_ISA names.

@@ -4,11 +4,11 @@
 #include <atomic>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace mmbal::cpu {
 namespace {
 
-// Below this many elements a second thread costs more than it brings.
-constexpr int64_t kElementsPerThread = 8 * kChunk;
 // Tensors measured before they are updated: small enough to be in cache still when they are.
 constexpr int64_t kWaveBytes = 8 << 20;
 
@@ -28,22 +28,6 @@ struct Scratch {
 Scratch& scratch() {
   static thread_local Scratch memory;
   return memory;
-}
-
-int useful_threads(int64_t elements, int threads) {
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(threads, elements / kElementsPerThread)));
-}
-
-// Calls f(i) for i in [0, count), each once, on any thread.
-template <class F>
-void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
-  for (int64_t i = 0; i < count; ++i) f(i);
 }
 
 constexpr int64_t kGrain = 8;  // chunks a thread takes at a time
@@ -109,8 +93,7 @@ void moments(const Gradient* gradients, int64_t count, double* out, int threads)
   }
 }
 
-void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation,
-              int threads) {
+void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation, int threads) {
   const KernelTable& table = kernels();
   Scratch& memory = scratch();
   const uint32_t step = low_word(modulation.source);

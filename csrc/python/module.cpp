@@ -286,6 +286,19 @@ void noise(py::handle out, uint64_t seed, py::handle step, uint32_t tensor_id, i
       [&](const cuda::Queue& queue) { cuda::noise(target, source, queue); });
 }
 
+// On the CPU; kernels of a device do not wait for the host to look.
+void require_labels(const std::string& op, const View& labels, int64_t count, int64_t classes,
+                    int64_t ignore_index) {
+  if (labels.tensor.device.device_type == kKernelDevice) return;
+  const auto* label = static_cast<const int64_t*>(labels.data());
+  for (int64_t b = 0; b < count; ++b) {
+    if (label[b] == ignore_index || (label[b] >= 0 && label[b] < classes)) continue;
+    throw py::index_error(op + ": target must be in [0, " + std::to_string(classes) +
+                          ") or ignore_index (got " + std::to_string(label[b]) + " at " +
+                          std::to_string(b) + ")");
+  }
+}
+
 void scores(py::handle logits, py::handle target, int64_t ignore_index, py::handle state,
             bool accumulate, float alpha, int rule, py::handle status, int threads,
             py::handle workspace) {
@@ -324,16 +337,7 @@ void scores(py::handle logits, py::handle target, int64_t ignore_index, py::hand
     const View labels = checked(op + ": target", target, kDLInt, 64);
     require_device(labels, op + ": target", result, "the logits");
     args.labels = static_cast<const int64_t*>(labels.data());
-    if (labels.tensor.device.device_type != kKernelDevice) {
-      for (int64_t b = 0; b < args.batch; ++b) {
-        const int64_t label = args.labels[b];
-        if (label != ignore_index && (label < 0 || label >= args.classes)) {
-          throw py::index_error(op + ": target must be in [0, " + std::to_string(args.classes) +
-                                ") or ignore_index (got " + std::to_string(label) + " at " +
-                                std::to_string(b) + ")");
-        }
-      }
-    }
+    require_labels(op, labels, args.batch, args.classes, ignore_index);
   }
   args.status = optional_status(op, status, result);
   run(result, cuda::scores_workspace_bytes(modalities, args.batch), workspace, [&] { cpu::scores(args, threads); },
@@ -346,6 +350,93 @@ void derive(py::handle state, bool ratios, float alpha, int rule) {
                         static_cast<Rule>(rule)};
   run(memory, 0, py::none(), [&] { cpu::derive(args); },
       [&](const cuda::Queue& queue) { cuda::derive(args, queue); });
+}
+
+// The tensors [rows, classes] of several heads.
+struct Heads {
+  std::vector<void*> data;
+  std::vector<DType> dtypes;
+  int64_t rows = 0;
+  int64_t classes = 0;
+
+  Heads(const std::string& what, py::handle tensors, const View& beside) {
+    const Sequence list(tensors, "blended_cross_entropy: the heads must be a sequence of tensors");
+    for (int64_t k = 0; k < list.size(); ++k) {
+      const View tensor = view(list[k], [&] { return what; });
+      require_device(tensor, what, beside, "the target");
+      DType dtype;
+      if (!gradient_dtype(tensor.tensor.dtype, &dtype)) {
+        throw py::type_error(what + " must be float32, float64, float16 or bfloat16 (got " +
+                             dtype_name(list[k]) + ")");
+      }
+      if (tensor.layout != Layout::kDense) throw py::value_error(what + " must be contiguous");
+      data.push_back(tensor.data());
+      dtypes.push_back(dtype);
+      rows = tensor.tensor.shape[0];
+      classes = tensor.tensor.shape[1];
+    }
+  }
+};
+
+// What forward and backward have in common; `logits` must outlive it.
+CrossEntropy cross_entropy_arguments(const Heads& logits, const View& target, py::handle weights,
+                                     double smoothing, int64_t ignore_index,
+                                     py::handle normalizers, py::handle count) {
+  const std::string op = "blended_cross_entropy: ";
+  CrossEntropy args{};
+  args.logits = logits.data.data();
+  args.dtypes = logits.dtypes.data();
+  args.heads = static_cast<int64_t>(logits.data.size());
+  args.rows = logits.rows;
+  args.classes = logits.classes;
+  args.ignore_index = ignore_index;
+  args.smoothing = smoothing;
+  const int bits = args.wide() ? 64 : 32;
+  const DLDataType& type = target.tensor.dtype;
+  if (type.code == kDLInt && type.bits == 64) {
+    args.labels = static_cast<const int64_t*>(target.data());
+  } else if (type.code == kDLFloat && type.bits == bits) {
+    args.soft = target.data();
+  } else {
+    throw py::type_error(op + "target must be int64, or of the losses' type");
+  }
+  args.weights = static_cast<const double*>(checked(op + "weights", weights, kDLFloat, 64).data());
+  args.normalizers = checked(op + "normalizers", normalizers, kDLFloat, bits).data();
+  args.count = static_cast<int64_t*>(checked(op + "count", count, kDLInt, 64).data());
+  return args;
+}
+
+void cross_entropy(py::handle logits, py::handle target, py::handle weights, double smoothing,
+                   int64_t ignore_index, py::handle loss, py::handle losses,
+                   py::handle normalizers, py::handle count, int threads, py::handle workspace) {
+  const std::string op = "blended_cross_entropy";
+  const View labels = view(target, [&] { return op + ": target"; });
+  const Heads heads(op + ": logits", logits, labels);
+  CrossEntropy args = cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index,
+                                              normalizers, count);
+  const int bits = args.wide() ? 64 : 32;
+  args.loss = checked(op + ": loss", loss, kDLFloat, bits).data();
+  args.losses = checked(op + ": losses", losses, kDLFloat, bits).data();
+  if (args.labels) require_labels(op, labels, args.rows, args.classes, ignore_index);
+  run(labels, cuda::cross_entropy_workspace_bytes(args.heads, args.rows), workspace,
+      [&] { cpu::cross_entropy(args, threads); },
+      [&](const cuda::Queue& queue) { cuda::cross_entropy(args, queue); });
+}
+
+void cross_entropy_backward(py::handle grad, py::handle logits, py::handle target,
+                            py::handle weights, double smoothing, int64_t ignore_index,
+                            py::handle normalizers, py::handle count, py::handle grads,
+                            int threads) {
+  const std::string op = "blended_cross_entropy";
+  const View labels = view(target, [&] { return op + ": target"; });
+  const Heads heads(op + ": logits", logits, labels);
+  const Heads results(op + ": gradients", grads, labels);
+  CrossEntropy args = cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index,
+                                              normalizers, count);
+  args.grad = checked(op + ": gradient of the loss", grad, kDLFloat, args.wide() ? 64 : 32).data();
+  args.grads = results.data.data();
+  run(labels, 0, py::none(), [&] { cpu::cross_entropy_backward(args, threads); },
+      [&](const cuda::Queue& queue) { cuda::cross_entropy_backward(args, queue); });
 }
 
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter,
@@ -399,6 +490,12 @@ PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   m.def("scores_", &scores, "logits"_a, "target"_a, "ignore_index"_a, "state"_a, "accumulate"_a,
         "alpha"_a, "rule"_a, "status"_a, "threads"_a, "workspace"_a);
   m.def("derive_", &derive, "state"_a, "ratios"_a, "alpha"_a, "rule"_a);
+  m.def("cross_entropy", &cross_entropy, "logits"_a, "target"_a, "weights"_a, "smoothing"_a,
+        "ignore_index"_a, "loss"_a, "losses"_a, "normalizers"_a, "count"_a, "threads"_a,
+        "workspace"_a);
+  m.def("cross_entropy_backward", &cross_entropy_backward, "grad"_a, "logits"_a, "target"_a,
+        "weights"_a, "smoothing"_a, "ignore_index"_a, "normalizers"_a, "count"_a, "grads"_a,
+        "threads"_a);
   m.def("philox4x32", &philox, "counter"_a, "key"_a, "rounds"_a, "on_cuda"_a);
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return std::string(kernels().name); });

@@ -1,0 +1,32 @@
+// Loops shared by the threads of torch's pool.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "math/moments.h"
+
+namespace mmbal::cpu {
+namespace {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 8 * kChunk;
+
+int useful_threads(int64_t elements, int threads) {
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(threads, elements / kElementsPerThread)));
+}
+
+// Calls f(i) for i in [0, count), each once, on any thread.
+template <class F>
+void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+}  // namespace
+}  // namespace mmbal::cpu
