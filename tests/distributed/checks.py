@@ -1,0 +1,110 @@
+"""What the scripts of this folder share: a model, batches, and how checks are run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import mmbal_fast
+
+
+class TwoEncoders(nn.Module):
+    """Late fusion of sounds and images. No size divides by the number of ranks."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.audio = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5))
+        self.image = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5))
+        self.head = nn.Linear(10, 3)
+
+    def features(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"audio": self.audio(batch["audio"]), "image": self.image(batch["image"])}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.features(batch)
+        fused = self.head(torch.cat(list(features.values()), dim=1))
+        return fused, mmbal_fast.nn.unimodal_logits(features, self.head)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"audio": self.audio, "image": self.image}
+
+
+def batch_of(step: int, size: int = 8) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch of a step: sounds say more about the class than images do."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    target = torch.randint(3, (size,), generator=generator)
+    audio = torch.randn(size, 6, generator=generator)
+    audio[:, 0] += 3.0 * target
+    image = torch.randn(size, 2, 4, 4, generator=generator)
+    return {"audio": audio, "image": image}, target
+
+
+def part_of(batch: tuple[dict[str, Tensor], Tensor], part: slice) -> Any:
+    return {name: each[part] for name, each in batch[0].items()}, batch[1][part]
+
+
+def share(step: int, size: int = 8) -> Any:
+    """This rank's part of a step's batch."""
+    count = size // dist.get_world_size()
+    first = dist.get_rank() * count
+    return part_of(batch_of(step, size), slice(first, first + count))
+
+
+def train(
+    model: nn.Module,
+    balancer: mmbal_fast.OGMGE | None,
+    steps: range,
+    batches: Callable[[int], Any],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[Tensor]:
+    """Trains a `TwoEncoders`, wrapped or not; gives the coefficients of every step."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05)
+    coefficients = []
+    for step in steps:
+        batch, target = batches(step)
+        optimizer.zero_grad()
+        fused, logits = model(batch)
+        nn.functional.cross_entropy(fused, target).backward()
+        if balancer is not None:
+            coefficients.append(balancer.step(logits, target).coefficients.clone())
+        optimizer.step()
+    return coefficients
+
+
+def equal_on_all_ranks(tensor: Tensor) -> bool:
+    """Whether every rank holds the same bits."""
+    ranks = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, tensor.detach().contiguous())
+    return all(torch.equal(ranks[0], each) for each in ranks)
+
+
+def run_checks(checks: Mapping[str, Any]) -> None:
+    """Calls every function named check_* in order, on every rank, and writes which passed.
+
+    The first that fails ends the run: the ranks are no longer in step.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    report = Path(f"{sys.argv[1]}.{dist.get_rank()}")
+    outcomes = {}
+    for name in [name for name in checks if name.startswith("check_")]:
+        torch.manual_seed(0)
+        try:
+            checks[name](report.parent)
+            outcomes[name] = ""
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+            raise
+        finally:
+            report.write_text(json.dumps(outcomes))
+    dist.destroy_process_group()

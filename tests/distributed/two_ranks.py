@@ -1,0 +1,277 @@
+"""Checks for two ranks, run by torchrun: see test_two_ranks.py."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mmbal_fast
+from tests.distributed.checks import (
+    TwoEncoders,
+    batch_of,
+    equal_on_all_ranks,
+    part_of,
+    run_checks,
+    share,
+    train,
+)
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
+    """Every collective of torch.distributed that Python code calls, with its size."""
+    calls: list[tuple[str, torch.dtype, int]] = []
+    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args[0].dtype, args[0].numel()))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def parameters_of(model: nn.Module) -> Tensor:
+    whole = [
+        each.full_tensor() if isinstance(each, DTensor) else each for each in model.parameters()
+    ]
+    return torch.cat([each.detach().flatten() for each in whole])
+
+
+def check_ddp_equals_one_process(folder: Path) -> None:
+    one = TwoEncoders()
+    expected = train(one, mmbal_fast.OGMGE(one.encoders(), alpha=0.5, seed=3), range(50), batch_of)
+    net = TwoEncoders()
+    seed = 3 if dist.get_rank() == 0 else 99  # the first rank's is broadcast
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=seed)
+    assert balancer.seed == 3
+    found = train(DistributedDataParallel(net), balancer, range(50), share)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert (torch.stack(found) < 1).any()
+    parameters = parameters_of(net)
+    assert equal_on_all_ranks(parameters)
+    torch.testing.assert_close(parameters, parameters_of(one), rtol=1e-3, atol=1e-4)
+    balancer.check_in_sync()
+
+
+def check_a_rank_without_samples(folder: Path) -> None:
+    """Rank 1 gets no sample, then only labels that are ignored, then all labels are."""
+    one = TwoEncoders()
+    expected = mmbal_fast.OGMGE(one.encoders(), alpha=0.5)
+    net = TwoEncoders()
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+    for step, case in enumerate(["empty", "ignored", "all ignored"]):
+        batch, target = part_of(batch_of(step), slice(0, 4))
+        with torch.no_grad():
+            logits = one(batch)[1]
+        if case == "all ignored":
+            target = torch.full_like(target, -100)
+        alone = copy.copy(expected)
+        alone._group = None
+        alone.step(logits, target)
+        if dist.get_rank() == 1:
+            kept = slice(0, 0) if case == "empty" else slice(0, 4)
+            logits = {name: each[kept] for name, each in logits.items()}
+            target = torch.full_like(target, -100)[kept]
+        record = balancer.step(logits, target)
+        assert torch.equal(record.coefficients, alone.last.coefficients), case
+        assert equal_on_all_ranks(record.coefficients)
+    assert torch.equal(record.coefficients, torch.ones(2))  # nothing to compare
+
+
+def check_a_group_of_one_is_alone(folder: Path) -> None:
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    net = TwoEncoders()
+    balancer = mmbal_fast.OGMGE(
+        net.encoders(), alpha=0.5, seed=dist.get_rank(), process_group=groups[dist.get_rank()]
+    )
+    assert balancer.seed == dist.get_rank()
+    with counted_collectives() as calls:
+        train(net, balancer, range(2), share)
+    assert calls == []
+
+
+def check_in_sync_names_what_differs(folder: Path) -> None:
+    net = TwoEncoders()
+    for attribute, value, what in [
+        ("seed", 7, r"seed \[0, 7\]"),
+        ("enabled", False, r"enabled \[1, 0\]"),
+        ("alpha", 0.1, "hash of alpha, noise and rule"),
+        ("_names", ["other"], "hash of the parameters' names"),
+    ]:
+        balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+        balancer.check_in_sync()
+        if dist.get_rank() == 1:
+            setattr(balancer, attribute, value)
+        with pytest.raises(RuntimeError, match=what) as raised:
+            balancer.check_in_sync()
+        assert "step" not in str(raised.value)
+
+
+def check_fsdp2_equals_ddp(folder: Path) -> None:
+    ddp = TwoEncoders()
+    expected = train(
+        DistributedDataParallel(ddp), mmbal_fast.OGMGE(ddp.encoders(), alpha=0.5), range(20), share
+    )
+    net = TwoEncoders()
+    late = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)  # made before the parameters are sharded
+    for module in (net.audio, net.image, net):
+        fully_shard(module)
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+    assert balancer._names == late._names
+    found = train(net, late, range(10), share)
+    balancer.load_state_dict(late.state_dict())
+    found += train(net, balancer, range(10, 20), share)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    parameters = parameters_of(net)
+    assert equal_on_all_ranks(parameters)
+    torch.testing.assert_close(parameters, parameters_of(ddp), rtol=1e-3, atol=1e-4)
+
+
+def noise_of(whole: Tensor, gradient: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A sharded gradient after a step that scales by 1, and the same without shards."""
+    results = []
+    for grad in (gradient, whole.clone()):
+        parameters = [nn.Parameter(torch.zeros_like(grad)), nn.Parameter(torch.zeros(2, 2))]
+        parameters[0].grad = grad
+        balancer = mmbal_fast.OGMGE({"a": [(name, parameters[0])], "b": parameters[1:]}, alpha=0.5)
+        equal = torch.zeros(4, 3)
+        balancer.step({"a": equal, "b": equal}, torch.zeros(4, dtype=torch.int64))
+        results.append(parameters[0].grad)
+    return results[0].full_tensor(), results[1]
+
+
+def check_noise_of_shards_is_that_of_the_whole(folder: Path) -> None:
+    """With the very same standard deviation, every element gets the same bits."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(5)
+    for shape in [(7, 5), (1, 9), (5, 3, 2, 2), (4096, 3), (6, 1)]:
+        whole = torch.randn(shape, generator=generator)
+        for placement in (Shard(0), Shard(1), Replicate()):
+            sharded = distribute_tensor(whole.clone(), mesh, [placement])
+            found, expected = noise_of(whole, sharded, "weight")
+            assert not torch.equal(expected, whole)
+            # The standard deviation is summed in another order; the noise itself is the same.
+            torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-7)
+        transposed = distribute_tensor(whole.transpose(0, 1).contiguous(), mesh, [Shard(1)])
+        found, expected = noise_of(whole, transposed.transpose(0, 1), "weight")
+        torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-7)
+
+
+def check_zero_gradients_show_the_noise_bit_for_bit(folder: Path) -> None:
+    """Where std is 0 the gradient becomes eps times the noise: the bits can be compared."""
+    mesh = init_device_mesh("cpu", (2,))
+    for shape in [(7, 5), (1, 9), (5, 3, 2, 2), (3, 4)]:
+        for placement in (Shard(0), Shard(1)):
+            sharded = distribute_tensor(torch.zeros(shape), mesh, [placement])
+            found, expected = noise_of(torch.zeros(shape), sharded, "weight")
+            assert torch.equal(found, expected)
+            assert found.std() > 1e-9
+
+
+def check_sums_that_are_still_to_be_taken(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(6, 4)
+    partial = DTensor.from_local(whole * (0.25 + 0.5 * dist.get_rank()), mesh, [Partial()])
+    parameters = [
+        nn.Parameter(distribute_tensor(torch.zeros(6, 4), mesh, [Replicate()])),
+        nn.Parameter(torch.zeros(2, 2)),
+    ]
+    parameters[0].grad = partial
+    balancer = mmbal_fast.OGMGE({"a": parameters[:1], "b": parameters[1:]}, alpha=0.0, noise=0.0)
+    equal = torch.zeros(4, 3)
+    balancer.step({"a": equal, "b": equal}, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(parameters[0].grad.full_tensor(), whole)
+
+
+def check_communication_is_what_is_promised(folder: Path) -> None:
+    net = TwoEncoders()
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+    model = DistributedDataParallel(net)
+    with counted_collectives() as calls:
+        train(model, balancer, range(3), share)
+    assert calls == [("all_reduce", torch.float32, 2)] * 3
+    sharded = fully_shard(TwoEncoders())
+    balancer = mmbal_fast.OGMGE(sharded.encoders(), alpha=0.5)
+    tensors = len(balancer._names)
+    assert tensors == 4
+    scores = ("all_reduce", torch.float32, 2)
+    with counted_collectives() as plain:
+        train(sharded, None, range(3), share)
+    with counted_collectives() as balanced:
+        train(sharded, balancer, range(3), share)
+    assert balanced == plain + [scores, ("all_reduce", torch.float64, 3 * tensors)] * 3
+
+
+def check_moments_of_shards_do_not_cancel(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = (1e4 + torch.randn(64, 33, dtype=torch.float64)).float()
+    sharded = distribute_tensor(whole, mesh, [Shard(0)])
+    found, expected = noise_of(whole, sharded, "weight")
+    torch.testing.assert_close(found - whole, expected - whole, rtol=0, atol=2e-3)  # ulp of 1e4
+    assert 0.9 < (found - whole).std() < 1.1
+
+
+def check_scaler_with_sharded_gradients(folder: Path) -> None:
+    sharded = fully_shard(TwoEncoders())
+    balancer = mmbal_fast.OGMGE(sharded.encoders(), alpha=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.05)
+    for step in range(3):
+        batch, target = share(step)
+        optimizer.zero_grad()
+        fused, logits = sharded(batch)
+        scaler.scale(nn.functional.cross_entropy(fused, target)).backward()
+        if step == 1 and dist.get_rank() == 1:  # a shard that one rank alone holds
+            next(sharded.parameters()).grad.to_local().view(-1)[-1] = torch.inf
+        before = parameters_of(sharded)
+        record = balancer.step(logits, target, grad_scaler=scaler, optimizer=optimizer)
+        assert bool(record.skipped) == (step == 1)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(parameters_of(sharded), before) == (step == 1)
+    assert balancer.state_dict()["step"] == 2
+    balancer.check_in_sync()
+
+
+def check_joins_at_the_first_step(folder: Path) -> None:
+    group = dist.group.WORLD
+    net = TwoEncoders()
+    original = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=10 + dist.get_rank())
+    finally:
+        dist.is_initialized = original
+    assert balancer.seed == 10 + dist.get_rank()
+    train(DistributedDataParallel(net), balancer, range(2), share)
+    assert balancer.seed == 10
+    assert balancer._group is group
+    balancer.check_in_sync()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    run_checks(globals())
