@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmbal_fast import reference
+from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
 from mmbal_fast.reference._blending import FLOOR, compute_dtype, normalized, shares
 
@@ -218,20 +219,28 @@ def blend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`blended_cross_entropy` and the number of samples that counted, int64 ``[]``."""
     weights = _checked(logits, target, weights, label_smoothing)
+    soft = target.is_floating_point()
+    if _native(logits, target) is None:
+        loss, per_head = reference.blended_cross_entropy(
+            logits, target, weights, label_smoothing=label_smoothing, ignore_index=ignore_index
+        )
+        samples = target.numel() // (target.shape[1] if soft else 1)
+        every = weights.new_full((), samples, dtype=torch.int64)
+        return loss, per_head, every if soft else (target != ignore_index).sum()
     rows = [_rows(each) for each in logits]
-    target = _rows(target) if target.is_floating_point() else target.reshape(-1).long()
+    labels = _rows(target).to(compute_dtype(logits)) if soft else target.reshape(-1).long()
     if torch.compiler.is_compiling():
-        output = _forward_op(rows, target, weights, label_smoothing, ignore_index)
+        output = _forward_op(rows, labels, weights, label_smoothing, ignore_index)
     else:
         output = _Blend.apply(  # type: ignore[no-untyped-call]
-            target, weights, label_smoothing, ignore_index, *rows
+            labels, weights, label_smoothing, ignore_index, *rows
         )
     loss, per_head, _, count = output
     return loss, per_head, count
 
 
 def _rows(each: Tensor) -> Tensor:
-    return each if each.ndim == 2 else each.movedim(1, -1).reshape(-1, each.shape[1])
+    return (each if each.ndim == 2 else each.movedim(1, -1).reshape(-1, each.shape[1])).contiguous()
 
 
 def _checked(
@@ -263,6 +272,12 @@ def _checked(
     return weights.double()
 
 
+def _native(logits: Sequence[Tensor], target: Tensor) -> ModuleType | None:
+    """The native module if it has kernels for these logits; float64 beside others has none."""
+    wide = sum(each.dtype == torch.float64 for each in logits)
+    return _backend.runs(target.device) if wide in (0, len(logits)) else None
+
+
 def _forward(
     logits: Sequence[Tensor],
     target: Tensor,
@@ -270,11 +285,11 @@ def _forward(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of rows.
+    """Losses of rows, by the native module.
 
     Args:
-        logits: K of ``[N, C]``.
-        target: int64 ``[N]``, or soft ``[N, C]``.
+        logits: K of ``[N, C]``, contiguous.
+        target: int64 ``[N]``, or soft ``[N, C]`` in the type of the losses.
         weights: float64 ``[K]``.
         label_smoothing: as in `blended_cross_entropy`.
         ignore_index: as in `blended_cross_entropy`.
@@ -283,42 +298,35 @@ def _forward(
         The loss ``[]``, the losses ``[K]``, ``[2, K, N]`` with the maximum of each row and the log
         of its sum of shifted exponentials, and the int64 count ``[]``. Maximum and log stay apart:
         their sum would round away what matters when logits are large.
+
+    Raises:
+        RuntimeError: there are no kernels for these logits here.
     """
+    native = _native(logits, target)
+    if native is None:
+        raise RuntimeError(
+            "mmbal::blended_cross_entropy: the native module must run it, "
+            f"mmbal_fast.functional does without (got {_backend.why_not or target.device})"
+        )
     dtype = compute_dtype(logits)
-    classes = logits[0].shape[1]
-    soft = target.is_floating_point()
-    if soft:
-        labels = _labels(target, classes, dtype, label_smoothing)
-        mass = labels.sum(1)
-        count = target.new_full((), len(target), dtype=torch.int64)
-    else:
-        inside = (target >= 0) & (target < classes)
-        counted = target != ignore_index
-        count = counted.sum()
-        if target.device.type == "cpu" and not bool((inside | ~counted).all()):
-            raise IndexError(
-                f"blended_cross_entropy: labels must be 0 to {classes - 1} or ignore_index "
-                f"{ignore_index} (got {target[counted & ~inside][0].item()})"
-            )
-        index = torch.where(inside, target, 0)[:, None]
-    normalizers = target.new_empty((2, len(logits), len(target)), dtype=dtype)
-    losses = []
-    for k, x in enumerate(logits):
-        top = x.amax(1, keepdim=True).to(dtype)
-        shifted = x.to(dtype) - top
-        log_sum = shifted.exp().sum(1).log()
-        normalizers[0, k], normalizers[1, k] = top[:, 0], log_sum
-        if soft:
-            row = mass * log_sum - (labels * shifted).sum(1)
-        else:
-            row = log_sum - (1.0 - label_smoothing) * shifted.gather(1, index)[:, 0]
-            if label_smoothing > 0.0:
-                row = row - label_smoothing * shifted.mean(1)
-            row = torch.where(counted, torch.where(inside, row, math.nan), 0.0)
-        losses.append(row.sum(dtype=torch.float64) / count)
-    per_head = torch.stack(losses)
-    loss = torch.where(weights == 0.0, 0.0, weights * per_head).sum()
-    return loss.to(dtype), per_head.to(dtype), normalizers, count
+    loss = weights.new_empty((), dtype=dtype)
+    per_head = weights.new_empty(len(logits), dtype=dtype)
+    normalizers = weights.new_empty((2, len(logits), len(target)), dtype=dtype)
+    count = weights.new_empty((), dtype=torch.int64)
+    native.cross_entropy(
+        logits,
+        target,
+        weights,
+        label_smoothing,
+        ignore_index,
+        loss,
+        per_head,
+        normalizers,
+        count,
+        torch.get_num_threads(),
+        _backend.workspace,
+    )
+    return loss, per_head, normalizers, count
 
 
 def _backward(
@@ -332,31 +340,22 @@ def _backward(
     ignore_index: int,
 ) -> list[Tensor]:
     """Gradients of the logits, given that of the loss and what the forward returned."""
-    dtype = normalizers.dtype
-    labels = _labels(target, logits[0].shape[1], dtype, label_smoothing)
-    mass = labels.sum(1, keepdim=True)
-    if target.is_floating_point():
-        counted = torch.ones_like(mass, dtype=torch.bool)
-    else:
-        counted = (target != ignore_index)[:, None]
-    scales = (grad * weights / count).to(dtype)
-    grads = []
-    for k, x in enumerate(logits):
-        top, log_sum = normalizers[0, k, :, None], normalizers[1, k, :, None]
-        softmax = (x.to(dtype) - top - log_sum).exp()
-        used = counted & (weights[k] != 0.0)
-        grads.append(torch.where(used, scales[k] * (mass * softmax - labels), 0.0).to(x.dtype))
+    native = _native(logits, target)
+    assert native is not None  # it ran the forward
+    grads = [torch.empty_like(each) for each in logits]
+    native.cross_entropy_backward(
+        grad.contiguous(),
+        logits,
+        target,
+        weights,
+        label_smoothing,
+        ignore_index,
+        normalizers,
+        count,
+        grads,
+        torch.get_num_threads(),
+    )
     return grads
-
-
-def _labels(target: Tensor, classes: int, dtype: torch.dtype, label_smoothing: float) -> Tensor:
-    """Smoothed labels ``[N, C]``, NaN in the row of a class index that is out of range."""
-    if not target.is_floating_point():
-        inside = ((target >= 0) & (target < classes))[:, None]
-        index = torch.where(inside, target[:, None], 0)
-        zeros = target.new_zeros((len(target), classes), dtype=dtype)
-        target = torch.where(inside, zeros.scatter(1, index, 1.0), math.nan)
-    return (1.0 - label_smoothing) * target.to(dtype) + label_smoothing / classes
 
 
 _forward_op = torch.library.custom_op(
