@@ -129,14 +129,25 @@ Partial moments(const void* data, int64_t count) {
 // Calls sink(i, v) with the normals of elements index + i .. index + i + kWidth - 1, for
 // i = 0, kWidth, ... below count; index must be a multiple of 4. The last call may pass the end.
 template <class Sink>
-MMBAL_HD void for_each_normal(const NoiseKey& key, uint64_t index, int64_t count, Sink&& sink) {
+MMBAL_HD void for_each_normal(const NoiseKey key, uint64_t index, int64_t count, Sink&& sink) {
   const UintVector lane = block_of_lane();
-  uint64_t block = index >> 2;
-  for (int64_t i = 0; i < count; i += kGroup, block += kWidth) {
+  const auto words_of = [&](uint64_t block) {
     const UintVector low = lane + static_cast<uint32_t>(block);
     // Where the low word wrapped, the comparison is -1: the carry.
     const UintVector high = static_cast<uint32_t>(block >> 32) - (UintVector)(low < lane);
-    const auto z = normals<Simd>(noise_words<Simd>(key, low, high));
+    const auto words =
+        noise_words<PhiloxLanes>(key, PhiloxLanes::widen(low), PhiloxLanes::widen(high));
+    return Words<UintVector>{PhiloxLanes::narrow(words.w0), PhiloxLanes::narrow(words.w1),
+                             PhiloxLanes::narrow(words.w2), PhiloxLanes::narrow(words.w3)};
+  };
+  // The words of the next group are computed beside the normals of this one: two chains of
+  // dependent operations, where one would leave the processor waiting.
+  uint64_t block = index >> 2;
+  auto words = words_of(block);
+  for (int64_t i = 0; i < count; i += kGroup) {
+    block += kWidth;
+    const auto z = normals<Simd>(words);
+    words = words_of(block);
     FloatVector v[4];
     transpose4(z.z0, z.z1, z.z2, z.z3, v);
     for (int j = 0; j < 4; ++j) sink(i + j * kWidth, v[j]);
@@ -144,14 +155,15 @@ MMBAL_HD void for_each_normal(const NoiseKey& key, uint64_t index, int64_t count
 }
 
 void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]) {
-  const Words<UintVector> c{Simd::splat(counter[0]), Simd::splat(counter[1]),
-                            Simd::splat(counter[2]), Simd::splat(counter[3])};
-  const Words<UintVector> w =
-      rounds == 7 ? philox4x32<Simd, 7>(c, key[0], key[1]) : philox4x32<Simd>(c, key[0], key[1]);
-  words[0] = w.w0[0];
-  words[1] = w.w1[0];
-  words[2] = w.w2[0];
-  words[3] = w.w3[0];
+  using V = PhiloxLanes;
+  const Words<V::U> c{V::splat(counter[0]), V::splat(counter[1]), V::splat(counter[2]),
+                      V::splat(counter[3])};
+  const Words<V::U> w =
+      rounds == 7 ? philox4x32<V, 7>(c, key[0], key[1]) : philox4x32<V>(c, key[0], key[1]);
+  words[0] = V::narrow(w.w0)[0];
+  words[1] = V::narrow(w.w1)[0];
+  words[2] = V::narrow(w.w2)[0];
+  words[3] = V::narrow(w.w3)[0];
 }
 
 // Normals for a run that does not start at a block: `buffer` gets the run's blocks, and the run

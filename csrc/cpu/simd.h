@@ -74,27 +74,9 @@ struct Simd {
 #endif
   }
   static MMBAL_HD F max(F a, F b) { return a > b ? a : b; }
+#if !defined(__x86_64__)
   static MMBAL_HD void multiply_wide(U a, uint32_t b, U& high, U& low) {
-#if defined(__AVX512F__)
-    const __m512i m = _mm512_set1_epi32((int)b);
-    const __m512i even = _mm512_mul_epu32((__m512i)a, m);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
-    high = (U)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-    low = (U)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-#elif defined(__AVX2__)
-    const __m256i m = _mm256_set1_epi32((int)b);
-    const __m256i even = _mm256_mul_epu32((__m256i)a, m);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), m);
-    high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-#elif defined(__x86_64__)
-    const __m128i m = _mm_set1_epi32((int)b);
-    const __m128i even = _mm_mul_epu32((__m128i)a, m);
-    const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)a, 32), m);
-    const __m128i mask = _mm_set1_epi64x(0xffffffff);
-    high = (U)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(mask, odd));
-    low = (U)_mm_or_si128(_mm_and_si128(even, mask), _mm_slli_epi64(odd, 32));
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
     const uint32x4_t v = (uint32x4_t)a;
     const uint64x2_t first = vmull_n_u32(vget_low_u32(v), b);
     const uint64x2_t second = vmull_high_n_u32(v, b);
@@ -108,6 +90,7 @@ struct Simd {
     }
 #endif
   }
+#endif
 };
 
 // Unaligned loads and stores of kWidth elements, computed in float32.
@@ -128,15 +111,15 @@ MMBAL_HD FloatVector load(const BFloat16* p) {
 MMBAL_HD void store(BFloat16* p, FloatVector v) {
   typedef uint16_t Narrow __attribute__((vector_size(2 * kWidth)));
   const UintVector u = (UintVector)v;
+  // A NaN of bfloat16 arithmetic has an empty lower half: the sum does not carry out of it.
   const UintVector rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const UintVector chosen = v == v ? rounded : (u >> 16) | 0x40u;
 #if defined(__AVX512F__)
-  const __m256i n = _mm512_cvtepi32_epi16((__m512i)chosen);
+  const __m256i n = _mm512_cvtepi32_epi16((__m512i)rounded);
 #elif defined(__AVX2__)
-  const __m128i n = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)chosen),
-                                     _mm256_extracti128_si256((__m256i)chosen, 1));
+  const __m128i n = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)rounded),
+                                     _mm256_extracti128_si256((__m256i)rounded, 1));
 #else
-  const Narrow n = __builtin_convertvector(chosen, Narrow);
+  const Narrow n = __builtin_convertvector(rounded, Narrow);
 #endif
   std::memcpy(p, &n, sizeof(Narrow));
 }
@@ -165,6 +148,75 @@ MMBAL_HD void store(Half* p, FloatVector v) {
   for (int i = 0; i < kWidth; ++i) p[i] = to_half(v[i]);
 #endif
 }
+
+// The integers of Philox on kWidth lanes. x86 multiplies 32-bit numbers that lie in 64-bit lanes,
+// so its counters stay there, every other one in `odd`, and nothing is moved between rounds. The
+// upper halves hold what multiplication ignores.
+#if defined(__x86_64__)
+struct PhiloxLanes {
+  struct U {
+    UintVector even, odd;
+    friend MMBAL_HD U operator^(const U& a, const U& b) { return {a.even ^ b.even, a.odd ^ b.odd}; }
+  };
+
+  static MMBAL_HD U splat(uint32_t u) { return {Simd::splat(u), Simd::splat(u)}; }
+  static MMBAL_HD void multiply_wide(const U& a, uint32_t b, U& high, U& low) {
+    low = {multiply(a.even, b), multiply(a.odd, b)};
+    high = {upper(low.even), upper(low.odd)};
+  }
+  // kWidth numbers, of which each 128 bits go to two 64-bit lanes of even and of odd.
+  static MMBAL_HD U widen(UintVector u) {
+    typedef uint64_t Wide __attribute__((vector_size(4 * kWidth)));
+    U result;
+    Wide even, odd;
+    for (int i = 0; i < kWidth / 2; ++i) {
+      even[i] = u[i / 2 * 4 + i % 2];
+      odd[i] = u[i / 2 * 4 + i % 2 + 2];
+    }
+    result.even = (UintVector)even;
+    result.odd = (UintVector)odd;
+    return result;
+  }
+  static MMBAL_HD UintVector narrow(const U& u) {
+#if defined(__AVX512F__)
+    return (UintVector)_mm512_shuffle_ps((__m512)u.even, (__m512)u.odd, 0x88);
+#elif defined(__AVX2__)
+    return (UintVector)_mm256_shuffle_ps((__m256)u.even, (__m256)u.odd, 0x88);
+#else
+    return (UintVector)_mm_shuffle_ps((__m128)u.even, (__m128)u.odd, 0x88);
+#endif
+  }
+
+ private:
+#if defined(__AVX512F__)
+  static MMBAL_HD UintVector multiply(UintVector a, uint32_t b) {
+    return (UintVector)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)b));
+  }
+  static MMBAL_HD UintVector upper(UintVector a) {
+    return (UintVector)_mm512_srli_epi64((__m512i)a, 32);
+  }
+#elif defined(__AVX2__)
+  static MMBAL_HD UintVector multiply(UintVector a, uint32_t b) {
+    return (UintVector)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)b));
+  }
+  static MMBAL_HD UintVector upper(UintVector a) {
+    return (UintVector)_mm256_srli_epi64((__m256i)a, 32);
+  }
+#else
+  static MMBAL_HD UintVector multiply(UintVector a, uint32_t b) {
+    return (UintVector)_mm_mul_epu32((__m128i)a, _mm_set1_epi32((int)b));
+  }
+  static MMBAL_HD UintVector upper(UintVector a) {
+    return (UintVector)_mm_srli_epi64((__m128i)a, 32);
+  }
+#endif
+};
+#else
+struct PhiloxLanes : Simd {
+  static MMBAL_HD U widen(U u) { return u; }
+  static MMBAL_HD U narrow(U u) { return u; }
+};
+#endif
 
 // The block whose words a lane computes within a group of kWidth Philox blocks, chosen so that
 // transpose4 below leaves the elements in memory order without crossing 128-bit halves.
