@@ -102,7 +102,7 @@ def gradients(op: str, grads: Sequence[Tensor | None], names: Sequence[str] | No
         if overlapping(grad):
             raise RuntimeError(
                 f"{op}: {label(names, index)} must not share memory between its elements "
-                f"(got shape {tuple(grad.shape)}, strides {grad.stride()})"
+                f"(got shape {list(grad.shape)}, strides {grad.stride()})"
             )
 
 
