@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> str:
 
     Example:
         >>> spread([58.0, 60.0]), spread([58.0])
-        ('59.0 ± 1.4', '59.0')
+        ('59.0 ± 1.4', '58.0')
     """
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
@@ -115,6 +115,7 @@ def styles(rows: Sequence[str]) -> dict[str, Style]:
         row: {
             "color": COLORS[index % len(COLORS)],
             "linestyle": STYLES[index % len(STYLES)],
+            "zorder": 2 + index % len(STYLES),  # the broken line above the solid one
         }
         for index, row in enumerate(rows)
     }
@@ -131,7 +132,7 @@ def figure(results: Results, epochs: int) -> Figure:
     out = Figure(figsize=(11, 1 + 3.4 * height), dpi=150, layout="constrained")
     grid = out.subplots(height, 2, squeeze=False).flat
     look = styles(list(results))
-    for axes, panel in zip(grid, panels, strict=False):
+    for panel, axes in zip(panels, grid, strict=False):
         for row, trials in results.items():
             if panel.curve in trials[0].curves:
                 _draw(axes, [trial.curves[panel.curve] for trial in trials], epochs, look[row])
@@ -139,6 +140,7 @@ def figure(results: Results, epochs: int) -> Figure:
         axes.set(xlabel="epoch", ylabel=panel.ylabel, xlim=(0, epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="0.92")
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         panel.decorate(axes)
     for axes in grid:  # the empty corner of an odd number of panels

@@ -74,7 +74,8 @@ def _run(row: str, seed: int, settings: Settings, tick: Callable[[], None]) -> T
                 learner.step(batch)
         learner.end_epoch()
         accuracies = _accuracies(learner, test)
-        recorder.log("accuracy", torch.tensor(list(accuracies.values())), list(accuracies))
+        values = torch.tensor(list(accuracies.values()), dtype=torch.float64)
+        recorder.log("accuracy", values, list(accuracies))
         tick()
     return Trial(
         row,
