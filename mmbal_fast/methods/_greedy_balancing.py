@@ -182,7 +182,7 @@ class GreedyBalancing:
         speed, difference = measure.speed, measure.difference
         largest, fastest = difference.max(0)
         start = finite & ~rebalancing & (self._step > self.warmup_steps)
-        start &= torch.isfinite(difference).all() & (largest > self.epsilon)
+        start &= largest > self.epsilon  # false where a speed is undefined: NaN is the maximum
         left = self._remaining - (rebalancing & finite).to(torch.int64)
         self._remaining.copy_(torch.where(start, self.window, left))
         kept = torch.where(left > 0, before, -1)

@@ -104,6 +104,7 @@ class ConditionalLearningSpeed:
                 rows.append(row)
         self.process_group = process_group
         self._parameters = list(members)
+        self._sharded = any(hasattr(parameter, "to_local") for parameter in members)
         # Parameters in the same groups and equally replicated are summed as one class.
         classes: dict[tuple[tuple[int, ...], float], int] = {}
         self._classes = [
@@ -250,8 +251,11 @@ class ConditionalLearningSpeed:
     def _squared_norms(self, *columns: list[Tensor] | list[Tensor | None]) -> Tensor:
         """``[2 M, columns]``: rows bypass of each branch, then main of each branch."""
         count = self._membership.shape[1]
+        tensors: list[Any] = [tensor for column in columns for tensor in column]
+        if self._sharded:
+            tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         norms = squared_norms(
-            [getattr(t, "to_local", lambda t=t: t)() for column in columns for t in column],
+            tensors,
             [each + offset * count for offset in range(len(columns)) for each in self._classes],
             num_groups=count * len(columns),
         )

@@ -112,8 +112,8 @@ def conditional_utilization(
         u(m_i | m_j) = (A(f_j) - A(f_j')) / A(f_j)          d_util = u(m_1 | m_0) - u(m_0 | m_1)
 
     ``A`` is accuracy, ``f_j`` the prediction of branch j, and ``f_j'`` its prediction when in every
-    MMTM the squeezed vector of branch i is replaced, for all branches but i itself, by its mean
-    over the training set. One pass over ``train_loader`` records the means, one over ``loader``
+    MMTM the squeezed vector of branch i is replaced by its mean over the training set, so that no
+    branch sees it. One pass over ``train_loader`` records the means, one over ``loader``
     runs each batch ``1 + M`` times. Both in evaluation mode.
 
     The model is left as it was, also after an exception: training flags, buffers (running
@@ -240,7 +240,6 @@ def _hide(mmtms: Sequence[MMTM], branch: int | None) -> None:
         mmtm.set_mode("normal")
         if branch is not None:
             mmtm.replace_squeeze[:, branch] = True
-            mmtm.replace_squeeze[branch, branch] = False
 
 
 def _branch_logits(
