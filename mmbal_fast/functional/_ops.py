@@ -21,6 +21,8 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    # Nothing here is differentiable: results are without graph, as those of the eager calls.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mmbal::{name}", fake, lib=_library)
 
 
