@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmbal_fast import functional
+from mmbal_fast import _backend, functional
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -419,6 +422,102 @@ def test_label_out_of_range(label: int) -> None:
         IndexError, match=rf"target must be in \[0, 3\) or ignore_index \(got {label} at 2\)"
     ):
         functional.blended_cross_entropy(logits, target, [0.5, 0.25, 0.25], ignore_index=9)
+
+
+def test_label_out_of_range_is_nan_on_a_device(native: Backend) -> None:
+    if not native.cuda_kernels:
+        pytest.skip("the CPU looks before it starts")
+    for classes in (3, 40, 1100):
+        logits = [each.detach().to(native.device) for each in heads((4, classes), count=2)]
+        for each in logits:
+            each.requires_grad_()
+        target = torch.tensor([0, classes, -100, 1], device=native.device)
+        loss, per_head = functional.blended_cross_entropy(logits, target, [0.5, 0.5])
+        assert loss.isnan()
+        assert per_head.isnan().all()
+        loss.backward()
+        for each in logits:
+            grad = gradient(each)
+            assert grad[1].isnan().all()
+            assert not grad[2].any()
+            assert grad[[0, 3]].isfinite().all()
+
+
+# --- what differs inside the kernels -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ignored", "soft"])
+def test_more_rows_than_threads_of_a_grid(blended, kind: str) -> None:
+    # 256 blocks of 8 warps read 2048 rows at a time; chunks of the CPU end within these rows.
+    shape = (2500, 2)
+    weights, target = [0.5, 0.5], labels(shape, kind)
+    assert_like_cross_entropy(blended, heads(shape, count=2), target, weights, 0.1)
+
+
+@pytest.mark.parametrize("classes", [33, 64, 1100])
+@pytest.mark.parametrize("kind", ["ignored", "soft"])
+def test_rows_of_every_length(blended, classes: int, kind: str) -> None:
+    # Rows of 33 classes and more are read along, those of 1025 and more by a block of threads.
+    shape = (11, classes)
+    weights, target = [0.5, 0.5], labels(shape, kind)
+    assert_like_cross_entropy(blended, heads(shape, count=2), target, weights, 0.1)
+    assert_like_cross_entropy(
+        blended, heads(shape, count=2, dtype=torch.float16), target, weights, 0.1
+    )
+
+
+@pytest.mark.parametrize("shape", [(9000, 6), (1500, 40)])
+def test_number_of_threads_changes_no_bit(shape: tuple[int, int], cpu: Backend) -> None:
+    target = labels(shape, "ignored")
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        logits = heads(shape)
+        with _backend.using(cpu.native):
+            loss, per_head = functional.blended_cross_entropy(logits, target, [0.5, 0.2, 0.3])
+            loss.backward()
+        results.append([loss.detach(), per_head, *map(gradient, logits)])
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            assert torch.equal(one, another)
+
+
+ISA = """
+import sys, torch
+from torch.nn import functional as F
+from mmbal_fast import _backend, functional
+assert _backend.native.cpu_isa() == sys.argv[1]
+torch.manual_seed(0)
+for classes in (2, 7, 32, 33, 310):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        logits = [torch.randn(19, classes).to(dtype).requires_grad_() for _ in range(2)]
+        wide = [each.detach().double().requires_grad_() for each in logits]
+        index = torch.randint(classes, (19,))
+        index[3] = -100
+        for target in (index, torch.rand(19, classes)):
+            exact = target.double() if target.is_floating_point() else target
+            loss = functional.blended_cross_entropy(logits, target, [1, 2], label_smoothing=0.1)[0]
+            a, b = (F.cross_entropy(each, exact, label_smoothing=0.1) for each in wide)
+            torch.testing.assert_close(loss.double(), a + 2 * b, rtol=1e-5, atol=1e-5)
+            for one, other in zip(
+                torch.autograd.grad(loss, logits), torch.autograd.grad(a + 2 * b, wide)
+            ):
+                torch.testing.assert_close(one, other.to(dtype), rtol=2e-2, atol=1e-6)
+"""
+
+
+def test_other_instruction_sets(cpu: Backend) -> None:
+    assert cpu.native is not None
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for isa in cpu.native.cpu_isas():
+        if isa == cpu.native.cpu_isa():
+            continue  # the other tests run it
+        subprocess.run(
+            [sys.executable, "-c", ISA, isa],
+            env={**environment, "MMBAL_CPU_ISA": isa},
+            check=True,
+            timeout=120,
+        )
 
 
 def test_bad_input_is_refused() -> None:
