@@ -44,19 +44,20 @@ build: $(VENV)/.has-build ## the native module in place, and its emulated CUDA t
 	MMBAL_BUILD_EMULATED=1 $(RUN) setup.py --quiet build_ext --inplace
 
 # In a copy of the tree, so that the modules of `make build` stay as they are. Python itself is not
-# instrumented: the sanitizer's runtime is loaded first, and its leaks are not ours.
+# instrumented: the sanitizer's runtime is loaded first, and its leaks are not ours. Reports go past
+# pytest to the terminal.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= tests/functional
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p $(SANITIZED)
 	rm -rf $(addprefix $(SANITIZED)/,mmbal_fast csrc cmake tests)
-	cp -Rp mmbal_fast csrc cmake tests CMakeLists.txt setup.py pyproject.toml $(SANITIZED)
+	cp -Rp mmbal_fast csrc cmake tests CMakeLists.txt setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	find $(SANITIZED)/mmbal_fast $(SANITIZED)/tests -name '*.so' -delete
 	cd $(SANITIZED) && MMBAL_CPU_ONLY=1 MMBAL_WERROR=1 MMBAL_BUILD_EMULATED=1 \
 	    MMBAL_SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	    $(abspath $(RUN)) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	    $(abspath $(RUN)) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 bench: $(VENV)/.has-test native ## time the step against the published loop
 	$(RUN) -m pytest benchmarks $(ARGS)
