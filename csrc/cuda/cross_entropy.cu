@@ -125,7 +125,8 @@ __device__ __forceinline__ void finish(const Blending& blending) {
 }
 
 template <int kLanes>
-__global__ __launch_bounds__(kThreads) void loss_kernel(const Blending __grid_constant__ blending) {
+__global__ __launch_bounds__(kThreads,
+                             2) void loss_kernel(const Blending __grid_constant__ blending) {
   constexpr int kRows = kThreads / kLanes;  // that a block reads at a time
   const int head = static_cast<int>(blockIdx.y);
   const int group = static_cast<int>(threadIdx.x) / kLanes;
@@ -195,8 +196,8 @@ __device__ __forceinline__ void gradient_of_row(const Blending& blending, int he
 }
 
 template <int kLanes>
-__global__ __launch_bounds__(kThreads) void gradient_kernel(
-    const Blending __grid_constant__ blending) {
+__global__ __launch_bounds__(kThreads,
+                             2) void gradient_kernel(const Blending __grid_constant__ blending) {
   constexpr int kRows = kThreads / kLanes;
   const int head = static_cast<int>(blockIdx.y);
   const int group = static_cast<int>(threadIdx.x) / kLanes;

@@ -8,6 +8,10 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#define MMBAL_PRAGMA(text) _Pragma(#text)
+#define MMBAL_UNROLL_BY(times) MMBAL_PRAGMA(unroll times)
+#else
+#define MMBAL_UNROLL_BY(times)
 #endif
 
 namespace mmbal::cuda {
@@ -20,8 +24,16 @@ namespace {
 template <class T>
 struct Element;
 
+// What becomes of a result whose element was finite before: only float16 is too narrow.
+struct WideElement {
+  template <class Values>
+  static __device__ __forceinline__ Values saturate(const Values&, const Values& after) {
+    return after;
+  }
+};
+
 template <>
-struct Element<float> {
+struct Element<float> : WideElement {
   using Compute = float;
   static constexpr int kPacket = 4;
   static __device__ __forceinline__ float from(float x) { return x; }
@@ -39,7 +51,7 @@ struct Element<float> {
 };
 
 template <>
-struct Element<double> {
+struct Element<double> : WideElement {
   using Compute = double;
   static constexpr int kPacket = 2;
   static __device__ __forceinline__ double from(double x) { return x; }
@@ -124,9 +136,16 @@ struct NarrowElement {
 template <>
 struct Element<Half> : NarrowElement<Half> {
   static __device__ __forceinline__ Half to(float x) { return to_half(x); }
+  static __device__ __forceinline__ uint4 saturate(const uint4& before, const uint4& after) {
+    return make_uint4(saturate_halves(before.x, after.x), saturate_halves(before.y, after.y),
+                      saturate_halves(before.z, after.z), saturate_halves(before.w, after.w));
+  }
+  static __device__ __forceinline__ Half saturate(Half before, Half after) {
+    return {static_cast<uint16_t>(saturate_halves(before.bits, after.bits))};
+  }
 };
 template <>
-struct Element<BFloat16> : NarrowElement<BFloat16> {
+struct Element<BFloat16> : NarrowElement<BFloat16>, WideElement {
   static __device__ __forceinline__ BFloat16 to(float x) { return to_bfloat16(x); }
 };
 
@@ -156,7 +175,8 @@ struct Span {
 };
 
 // Tensor of a chunk: the last that begins at or before it.
-__device__ __forceinline__ int tensor_of_chunk(const Tensors& tensors, int chunk) {
+template <int kCapacity>
+__device__ __forceinline__ int tensor_of_chunk(const Tensors<kCapacity>& tensors, int chunk) {
   int low = 0;
   int high = tensors.size;
   while (high - low > 1) {
@@ -190,7 +210,9 @@ struct Pieces {
     const auto address = reinterpret_cast<uintptr_t>(span.data);
     head = static_cast<int>((0 - address) % 16 / sizeof(T));
     // Of two boundaries in a block of noise the one where the block begins, if it does.
-    if (sizeof(T) == 8 && kGroup == 4) head += static_cast<int>((span.index + head) & 2);
+    if (sizeof(T) == 8 && kGroup == 4) {
+      head += static_cast<int>((span.index + static_cast<uint64_t>(head)) & 2);
+    }
     if (head > span.count) head = span.count;
     groups = (span.count - head) / kGroup;
     tail = (span.count - head) % kGroup;

@@ -6,17 +6,22 @@
 namespace mmbal::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 0x7fffffff;
-constexpr int64_t kCounterBytes = (kMaxTensors + 1 + 63) / 64 * 64 * sizeof(uint32_t);
-constexpr int64_t kRowBytes = kMaxTensors * 3 * sizeof(double);
+constexpr int64_t kCounterBytes = (kMany + 1 + 63) / 64 * 64 * sizeof(uint32_t);
+constexpr int64_t kRowBytes = kMany * 3 * sizeof(double);
 
 std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
 }
 
-int64_t chunks_of(const Gradient& gradient) { return (gradient.count + kChunk - 1) / kChunk; }
-
 }  // namespace
+
+int32_t chunks_of(int64_t count) {
+  const int64_t chunks = (count - 1) / kChunk + 1;
+  if (chunks <= INT32_MAX) return static_cast<int32_t>(chunks);
+  throw std::runtime_error("mmbal_fast: a tensor on CUDA must have at most " +
+                           std::to_string(INT32_MAX * kChunk) + " elements (got " +
+                           std::to_string(count) + ")");
+}
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -35,37 +40,10 @@ DeviceGuard::~DeviceGuard() {
   if (changed_) cudaSetDevice(before_);  // was current, so can be; and a destructor cannot throw
 }
 
-int64_t Tensors::fill(const Gradient* gradients, int64_t first, int64_t count, bool own_rows) {
-  size = 0;
-  int64_t chunks = 0;
-  for (int64_t g = first; g < count && size < kMaxTensors; ++g) {
-    const Gradient& gradient = gradients[g];
-    const int64_t more = chunks_of(gradient);
-    if (chunks + more > kMaxBlocks) {
-      if (size > 0) break;
-      throw std::runtime_error("mmbal_fast: a tensor must have at most " +
-                               std::to_string(kMaxBlocks * kChunk) + " elements (got " +
-                               std::to_string(gradient.count) + ")");
-    }
-    data[size] = gradient.data;
-    this->count[size] = gradient.count;
-    offset[size] = gradient.offset;
-    begin[size] = static_cast<int32_t>(chunks);
-    row[size] = own_rows ? size : static_cast<int32_t>(gradient.row);
-    modality[size] = gradient.modality;
-    id[size] = gradient.id;
-    dtype[size] = static_cast<uint8_t>(gradient.dtype);
-    chunks += more;
-    ++size;
-  }
-  begin[size] = static_cast<int32_t>(chunks);
-  return size;
-}
-
 Workspace::Workspace(void* memory) {
   char* bytes = static_cast<char*>(memory);
   tensor_counters = reinterpret_cast<uint32_t*>(bytes);
-  block_counter = tensor_counters + kMaxTensors;
+  block_counter = tensor_counters + kMany;
   rows = reinterpret_cast<double*>(bytes + kCounterBytes);
   partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);
   sums = rows;
@@ -81,7 +59,7 @@ int64_t Workspace::bytes_for_sums(int64_t sums) {
 
 int64_t workspace_bytes(const Gradient* gradients, int64_t count) {
   int64_t chunks = 0;
-  for (int64_t g = 0; g < count; ++g) chunks += chunks_of(gradients[g]);
+  for (int64_t g = 0; g < count; ++g) chunks += chunks_of(gradients[g].count);
   return Workspace::bytes_for_chunks(chunks);
 }
 

@@ -10,33 +10,56 @@ namespace mmbal::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Tensors of one launch: as many as the 32,764 bytes of kernel parameters hold.
-constexpr int kMaxTensors = 792;
+// Tensors of one launch: as many as the 32,764 bytes of kernel parameters hold, or, where that is
+// enough, as many as 4 KB hold. Parameters are copied to the device at every launch.
+constexpr int kMany = 792;
+constexpr int kFew = 96;
 constexpr size_t kMaxParameterBytes = 32764;
 
-struct Tensors {
-  void* data[kMaxTensors];
-  int64_t count[kMaxTensors];
-  int64_t offset[kMaxTensors];
-  int32_t begin[kMaxTensors + 1];  // number of chunks before each tensor; last: of all
-  int32_t size;
-  int32_t row[kMaxTensors];
-  int32_t modality[kMaxTensors];
-  uint32_t id[kMaxTensors];
-  uint8_t dtype[kMaxTensors];
+// Number of chunks. Throws if a tensor has more of them than a grid has blocks.
+int32_t chunks_of(int64_t count);
 
-  // Takes gradients[first] and those behind it that fit and returns how many. Their moments have
-  // the rows that the caller gave, or 0, 1, 2, ... of the launch.
-  int64_t fill(const Gradient* gradients, int64_t first, int64_t count, bool own_rows);
+template <int kCapacity>
+struct Tensors {
+  void* data[kCapacity];
+  int64_t count[kCapacity];
+  int64_t offset[kCapacity];
+  int32_t begin[kCapacity + 1];  // number of chunks before each tensor; last: of all
+  int32_t size;
+  int32_t row[kCapacity];
+  int32_t modality[kCapacity];
+  uint32_t id[kCapacity];
+  uint8_t dtype[kCapacity];
+
+  // Takes the first gradients of [gradient, end) that fit and returns the one behind them. Their
+  // moments have the rows that the caller gave, or 0, 1, 2, ... of the launch.
+  const Gradient* fill(const Gradient* gradient, const Gradient* end, bool own_rows) {
+    int64_t chunks = 0;
+    for (size = 0; gradient != end && size < kCapacity; ++gradient, ++size) {
+      const int32_t more = chunks_of(gradient->count);
+      if (chunks + more > INT32_MAX) break;
+      data[size] = gradient->data;
+      count[size] = gradient->count;
+      offset[size] = gradient->offset;
+      begin[size] = static_cast<int32_t>(chunks);
+      row[size] = own_rows ? size : static_cast<int32_t>(gradient->row);
+      modality[size] = gradient->modality;
+      id[size] = gradient->id;
+      dtype[size] = static_cast<uint8_t>(gradient->dtype);
+      chunks += more;
+    }
+    begin[size] = static_cast<int32_t>(chunks);
+    return gradient;
+  }
   int32_t chunks() const { return begin[size]; }
 };
 
 // What is in Queue::workspace. Counters come first and are zero between calls, whatever operation
 // used the memory before.
 struct Workspace {
-  uint32_t* tensor_counters;  // [kMaxTensors] chunks done
+  uint32_t* tensor_counters;  // [kMany] chunks done
   uint32_t* block_counter;    // blocks done
-  double* rows;               // [kMaxTensors, 3] moments
+  double* rows;               // [kMany, 3] moments
   Partial* partials;          // of the chunks of a launch
   double* sums;               // of the scores, in place of rows and partials
 
@@ -73,7 +96,8 @@ void launch(void (*kernel)(const Arguments __grid_constant__), dim3 blocks, int 
 }
 
 // One launch: moments of `tensors` to their rows of `out`.
-void launch_moments(const Tensors& tensors, double* out, const Workspace& workspace,
+template <int kCapacity>
+void launch_moments(const Tensors<kCapacity>& tensors, double* out, const Workspace& workspace,
                     const Queue& queue);
 
 }  // namespace mmbal::cuda

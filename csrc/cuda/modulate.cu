@@ -5,8 +5,7 @@
 namespace mmbal::cuda {
 namespace {
 
-struct Application {
-  Tensors tensors;
+struct Settings {
   const float* coefficients;
   double noise;
   double eps;
@@ -17,7 +16,13 @@ struct Application {
   uint32_t* block_counter;
 };
 
-// What one element becomes: bit for bit what csrc/cpu computes.
+template <int kCapacity>
+struct Application {
+  Settings settings;
+  Tensors<kCapacity> tensors;
+};
+
+// What elements become: bit for bit what csrc/cpu computes.
 template <class T>
 struct Update {
   float k, amplitude;
@@ -25,15 +30,7 @@ struct Update {
   __device__ __forceinline__ Update(float coefficient, double scale)
       : k(coefficient), amplitude(static_cast<float>(scale)) {}
   __device__ __forceinline__ float operator()(float g, float z) const {
-    return saturate(Scalar::fma(amplitude, z, k * g), g);
-  }
-  __device__ __forceinline__ float scaled(float g) const { return saturate(k * g, g); }
-
-  // Finite gradients stay finite in float16.
-  static __device__ __forceinline__ float saturate(float y, float g) {
-    if (!std::is_same<T, Half>::value) return y;
-    const float clamped = y > kHalfMax ? kHalfMax : y < -kHalfMax ? -kHalfMax : y;
-    return g - g == 0.0f ? clamped : y;
+    return Scalar::fma(amplitude, z, k * g);
   }
 };
 
@@ -46,110 +43,161 @@ struct Update<double> {
   __device__ __forceinline__ double operator()(double g, float z) const {
     return k * g + amplitude * static_cast<double>(z);
   }
-  __device__ __forceinline__ double scaled(double g) const { return k * g; }
 };
 
-// Calls f(j, position) for the j-th group of the calling thread.
-template <class T, class F>
-__device__ __forceinline__ void for_each_group(const Pieces<kGroup<T>>& pieces, F&& f) {
-  MMBAL_UNROLL
-  for (int j = 0; j < kGroups<T>; ++j) {
-    const int group = static_cast<int>(threadIdx.x) + j * kThreads;
-    if (group < pieces.groups) f(j, pieces.group_at(group));
+// Elements from a thread's group to its next one.
+template <class T>
+constexpr int kStride = kThreads * kGroup<T>;
+
+// Walks the groups of the calling thread with kAhead of them in registers. Not all at once: the
+// loop keeps what its rounds share, the keys of Philox above all, where straight code would compute
+// it again and again.
+template <class T>
+class Walk {
+ public:
+  static constexpr int kAhead = kGroups<T> > 1 && sizeof(T) < 8 ? kGroups<T> / 2 : 1;
+
+  __device__ __forceinline__ Walk(const Span<T>& span, const Pieces<kGroup<T>>& pieces)
+      : at_(span.data + pieces.group_at(static_cast<int>(threadIdx.x))),
+        left_(pieces.groups - static_cast<int>(threadIdx.x)) {}
+
+  __device__ __forceinline__ bool more() const { return left_ > 0; }
+  __device__ __forceinline__ void load() {
+    MMBAL_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (j * kThreads < left_) groups_[j].load(at_ + j * kStride<T>);
+    }
   }
-}
+  // f(group, its address, its position in the round)
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) {
+    MMBAL_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (j * kThreads < left_) f(groups_[j], at_ + j * kStride<T>, j);
+    }
+  }
+  __device__ __forceinline__ void next() {
+    at_ += kAhead * kStride<T>;
+    left_ -= kAhead * kThreads;
+  }
+
+ private:
+  Group<T> groups_[kAhead];
+  T* at_;
+  int left_;
+};
 
 template <class T>
-__device__ __forceinline__ void scale(const Span<T>& span, const Pieces<kGroup<T>>& pieces,
-                                      const Update<T>& update, int32_t* status) {
+__device__ __forceinline__ void scale(const Span<T>& span, float k, int32_t* status) {
   using Compute = typename Element<T>::Compute;
+  const Pieces<kGroup<T>> pieces(span);
   Compute finite = 0;  // becomes NaN where an element is NaN or Inf
-  const bool writes = update.k != 1;
-  const auto scaled = [&](Compute g) {
+  const auto scaled = [&](int, Compute g) {
     finite += g * 0;
-    return update.scaled(g);
+    return k * g;
   };
-  Group<T> groups[kGroups<T>];
-  for_each_group<T>(pieces, [&](int j, int at) { groups[j].load(span.data + at); });
-  for_each_group<T>(pieces, [&](int j, int at) {
-    groups[j].transform([&](int, Compute g) { return scaled(g); });
-    if (writes) groups[j].store(span.data + at);
-  });
+  MMBAL_UNROLL_BY(1)
+  for (Walk<T> walk(span, pieces); walk.more(); walk.next()) {
+    walk.load();
+    walk.each([&](Group<T>& group, T* at, int) {
+      group.transform(scaled);
+      if (k != 1) group.store(at);
+    });
+  }
   const int thread = static_cast<int>(threadIdx.x);
   if (pieces.single(thread)) {
     T& element = span.data[pieces.single_at(thread)];
-    const Compute y = scaled(Element<T>::from(element));
-    if (writes) element = Element<T>::to(y);
+    const Compute y = scaled(0, Element<T>::from(element));
+    if (k != 1) element = Element<T>::saturate(element, Element<T>::to(y));
   }
   if (status && finite != 0) atomicOr(status, kNonFiniteGradient);
 }
 
 template <class T>
-__device__ __forceinline__ void apply_noisy(const Span<T>& span, const Application& a, float k,
-                                            const NoiseKey& key, const double* row) {
+__device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const Settings& settings,
+                                                    float k, const NoiseKey& key,
+                                                    const double* row) {
   using Compute = typename Element<T>::Compute;
   __shared__ double shared_amplitude;
   const Pieces<kGroup<T>> pieces(span);
+  const int thread = static_cast<int>(threadIdx.x);
   const double count = row[0];
   const double m2 = row[2];
-  const bool in_step = ((span.index + pieces.head) & 3) == 0;  // blocks of noise and 16-byte ones
-  Group<T> groups[kGroups<T>];
-  if (in_step) for_each_group<T>(pieces, [&](int j, int at) { groups[j].load(span.data + at); });
-  if (threadIdx.x == 0) {
-    shared_amplitude = noise_amplitude(count, m2, a.noise, a.eps);
-    if (a.status && !is_finite(m2)) atomicOr(a.status, kNonFiniteGradient);
+  // Whether blocks of noise begin where groups do.
+  const bool in_step = ((span.index + static_cast<uint64_t>(pieces.head)) & 3) == 0;
+  Walk<T> walk(span, pieces);
+  if (in_step) walk.load();
+  if (thread == 0) {  // while the loads are on their way
+    shared_amplitude = noise_amplitude(count, m2, settings.noise, settings.eps);
+    if (settings.status && !is_finite(m2)) atomicOr(settings.status, kNonFiniteGradient);
   }
   __syncthreads();
   const double amplitude = shared_amplitude;
-  const Update<T> update(k, amplitude);
   if (amplitude == 0) {
-    if (update.k != 1) scale(span, pieces, update, a.status);
+    if (k != 1) scale(span, k, settings.status);
     return;
   }
-  float z[kGroup<T>];
+  const Update<T> update(k, amplitude);
+  const auto finish = [&](Group<T>& group, T* at, const float* z) {
+    group.transform([&](int i, Compute g) { return update(g, z[i]); });
+    group.store(at);
+  };
+  const auto index = [&](int at) { return span.index + static_cast<uint64_t>(at); };
   if (in_step) {
-    for_each_group<T>(pieces, [&](int j, int at) {
-      noise_of_group<kGroup<T>>(key, span.index + at, z);
-      groups[j].transform([&](int i, Compute g) { return update(g, z[i]); });
-      groups[j].store(span.data + at);
-    });
+    uint64_t block = index(pieces.group_at(thread)) >> 2;
+    MMBAL_UNROLL_BY(1)
+    while (walk.more()) {
+      walk.each([&](Group<T>& group, T* at, int j) {
+        float z[kGroup<T>];
+        noise_of_blocks<kGroup<T>>(key, block + j * (kStride<T> / 4), z);
+        finish(group, at, z);
+      });
+      block += Walk<T>::kAhead * (kStride<T> / 4);
+      walk.next();
+      walk.load();
+    }
   } else {
-    _Pragma("unroll 1") for (int group = static_cast<int>(threadIdx.x); group < pieces.groups;
-                             group += kThreads) {
-      const int at = pieces.group_at(group);
-      groups[0].load(span.data + at);
-      noise_across_blocks<kGroup<T>>(key, span.index + at, z);
-      groups[0].transform([&](int i, Compute g) { return update(g, z[i]); });
-      groups[0].store(span.data + at);
+    MMBAL_UNROLL_BY(1)
+    for (int g = thread; g < pieces.groups; g += kThreads) {
+      const int at = pieces.group_at(g);
+      Group<T> group;
+      group.load(span.data + at);
+      float z[kGroup<T>];
+      noise_across_blocks<kGroup<T>>(key, index(at), z);
+      finish(group, span.data + at, z);
     }
   }
-  const int thread = static_cast<int>(threadIdx.x);
   if (pieces.single(thread)) {
     const int at = pieces.single_at(thread);
-    const float noise = noise_of_element(key, span.index + at);
-    span.data[at] = Element<T>::to(update(Element<T>::from(span.data[at]), noise));
+    const float noise = noise_of_element(key, index(at));
+    T& element = span.data[at];
+    element =
+        Element<T>::saturate(element, Element<T>::to(update(Element<T>::from(element), noise)));
   }
 }
 
+template <class Application>
 __global__ __launch_bounds__(kThreads, 4) void apply_kernel(const Application __grid_constant__ a) {
   // Backwards: what was measured last is still in the second-level cache.
   const int chunk = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const int t = tensor_of_chunk(a.tensors, chunk);
-  const float k = usable_coefficient(a.coefficients[a.tensors.modality[t]]);
-  const bool noisy = a.noise != 0;
+  const Settings& settings = a.settings;
+  const float k = usable_coefficient(settings.coefficients[a.tensors.modality[t]]);
   with_type(static_cast<DType>(a.tensors.dtype[t]), [&](auto type) {
     using T = decltype(type);
     const auto span = span_of_chunk<T>(a.tensors.data[t], a.tensors.count[t], a.tensors.offset[t],
                                        chunk - a.tensors.begin[t]);
-    if (noisy) {
-      apply_noisy(span, a, k, noise_key(a.source, a.tensors.id[t]),
-                  a.moments + 3 * int64_t{a.tensors.row[t]});
-    } else if (k != 1 || a.status) {
-      scale(span, Pieces<kGroup<T>>(span), Update<T>(k, 0.0), a.status);
+    if (settings.noise != 0) {
+      scale_and_add_noise(span, settings, k, noise_key(settings.source, a.tensors.id[t]),
+                          settings.moments + 3 * int64_t{a.tensors.row[t]});
+    } else if (k != 1 || settings.status) {
+      scale(span, k, settings.status);
     }
   });
-  // Every thread has read the step before the barrier in apply_noisy.
-  if (a.advance && threadIdx.x == 0 && last_to_arrive(a.block_counter, gridDim.x)) ++*a.advance;
+  // Every thread has read the step before the barrier in scale_and_add_noise.
+  if (settings.advance && threadIdx.x == 0 && last_to_arrive(settings.block_counter, gridDim.x)) {
+    ++*settings.advance;
+  }
 }
 
 struct Counter {
@@ -158,31 +206,39 @@ struct Counter {
 
 __global__ void advance_kernel(const Counter __grid_constant__ counter) { ++*counter.value; }
 
+template <int kCapacity>
+void modulate_all(const Gradient* gradient, const Gradient* end, const Modulation& modulation,
+                  const Queue& queue) {
+  const Workspace workspace(queue.workspace);
+  const bool measured = modulation.noise != 0 && modulation.moments == nullptr;
+  Application<kCapacity> application;
+  Settings& settings = application.settings;
+  settings.coefficients = modulation.coefficients;
+  settings.noise = modulation.noise;
+  settings.eps = modulation.eps;
+  settings.source = modulation.source;
+  settings.moments = measured ? workspace.rows : modulation.moments;
+  settings.status = modulation.status;
+  settings.block_counter = workspace.block_counter;
+  while (gradient != end) {
+    gradient = application.tensors.fill(gradient, end, measured);
+    settings.advance = gradient == end ? modulation.advance : nullptr;
+    if (measured) launch_moments(application.tensors, workspace.rows, workspace, queue);
+    launch(apply_kernel<Application<kCapacity>>,
+           dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, queue, application);
+  }
+}
+
 }  // namespace
 
 void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation,
               const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  if (count == 0) {
-    if (modulation.advance) launch(advance_kernel, dim3(1), 1, queue, Counter{modulation.advance});
-    return;
-  }
-  const Workspace workspace(queue.workspace);
-  const bool measured = modulation.noise != 0 && modulation.moments == nullptr;
-  Application application;
-  application.coefficients = modulation.coefficients;
-  application.noise = modulation.noise;
-  application.eps = modulation.eps;
-  application.source = modulation.source;
-  application.moments = measured ? workspace.rows : modulation.moments;
-  application.status = modulation.status;
-  application.block_counter = workspace.block_counter;
-  for (int64_t first = 0; first < count;) {
-    first += application.tensors.fill(gradients, first, count, measured);
-    application.advance = first == count ? modulation.advance : nullptr;
-    if (measured) launch_moments(application.tensors, workspace.rows, workspace, queue);
-    launch(apply_kernel, dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, queue,
-           application);
+  if (count > 0) {
+    (count <= kFew ? modulate_all<kFew> : modulate_all<kMany>)(gradients, gradients + count,
+                                                               modulation, queue);
+  } else if (modulation.advance) {
+    launch(advance_kernel, dim3(1), 1, queue, Counter{modulation.advance});
   }
 }
 

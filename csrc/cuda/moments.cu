@@ -6,27 +6,27 @@
 namespace mmbal::cuda {
 namespace {
 
-struct Measurement {
-  Tensors tensors;
+template <int kCapacity>
+struct Job {
+  Tensors<kCapacity> tensors;
   double* out;         // [rows, 3]
   Partial* partials;   // [chunks]
   uint32_t* counters;  // [tensors]
 };
 
-// What a thread holds of a chunk.
+// A thread's elements of a chunk. In registers, or, where they are too wide for that, in the
+// first-level cache.
 template <class T>
 class Values {
  public:
   using Compute = typename Element<T>::Compute;
 
-  __device__ __forceinline__ explicit Values(const Span<T>& span) : pieces_(span) {
+  __device__ __forceinline__ explicit Values(const Span<T>& span)
+      : data_(span.data), pieces_(span) {
     const int thread = static_cast<int>(threadIdx.x);
     MMBAL_UNROLL
-    for (int j = 0; j < kPackets; ++j) {
-      if (thread + j * kThreads < pieces_.groups) {
-        packets_[j] =
-            *reinterpret_cast<const uint4*>(span.data + pieces_.group_at(thread + j * kThreads));
-      }
+    for (int j = 0; j < kHeld; ++j) {
+      if (thread + j * kThreads < pieces_.groups) packets_[j] = load(j);
     }
     if (pieces_.single(thread)) single_ = Element<T>::from(span.data[pieces_.single_at(thread)]);
   }
@@ -38,7 +38,7 @@ class Values {
     for (int j = 0; j < kPackets; ++j) {
       if (thread + j * kThreads < pieces_.groups) {
         Compute x[kPacket];
-        Element<T>::unpack(packets_[j], x);
+        Element<T>::unpack(j < kHeld ? packets_[j] : load(j), x);
         MMBAL_UNROLL
         for (int i = 0; i < kPacket; ++i) f(x[i]);
       }
@@ -49,9 +49,16 @@ class Values {
  private:
   static constexpr int kPacket = Element<T>::kPacket;
   static constexpr int kPackets = kChunk / kThreads / kPacket;
+  static constexpr int kHeld = sizeof(T) < 8 ? kPackets : 1;
 
+  __device__ __forceinline__ uint4 load(int j) const {
+    const int at = pieces_.group_at(static_cast<int>(threadIdx.x) + j * kThreads);
+    return *reinterpret_cast<const uint4*>(data_ + at);
+  }
+
+  const T* data_;
   Pieces<kPacket> pieces_;
-  uint4 packets_[kPackets];
+  uint4 packets_[kHeld];
   Compute single_;
 };
 
@@ -117,10 +124,12 @@ __device__ __forceinline__ void merge_chunks(const Partial* chunks, int64_t coun
     return Partial{chunk.x, chunk.y};
   };
   double sum = 0;
+  MMBAL_UNROLL_BY(4)
   for (int64_t c = threadIdx.x; c < total; c += kThreads)
     sum += load(c).mean * chunk_size(count, c);
   const double mean = block_sum(sum, sums) / static_cast<double>(count);
   double m2 = 0;
+  MMBAL_UNROLL_BY(4)
   for (int64_t c = threadIdx.x; c < total; c += kThreads) {
     m2 += m2_about(load(c), mean, chunk_size(count, c));
   }
@@ -132,41 +141,57 @@ __device__ __forceinline__ void merge_chunks(const Partial* chunks, int64_t coun
   }
 }
 
-__global__ __launch_bounds__(kThreads) void moments_kernel(const Measurement __grid_constant__ m) {
+template <class Job>
+__global__ __launch_bounds__(kThreads, 4) void moments_kernel(const Job __grid_constant__ job) {
   const int chunk = static_cast<int>(blockIdx.x);
-  const int t = tensor_of_chunk(m.tensors, chunk);
-  const int begin = m.tensors.begin[t];
-  const int64_t count = m.tensors.count[t];
+  const int t = tensor_of_chunk(job.tensors, chunk);
+  const int begin = job.tensors.begin[t];
+  const int64_t count = job.tensors.count[t];
   __shared__ bool last;
-  with_type(static_cast<DType>(m.tensors.dtype[t]), [&](auto type) {
-    const auto span = span_of_chunk<decltype(type)>(m.tensors.data[t], count, 0, chunk - begin);
+  with_type(static_cast<DType>(job.tensors.dtype[t]), [&](auto type) {
+    const auto span = span_of_chunk<decltype(type)>(job.tensors.data[t], count, 0, chunk - begin);
     const Partial partial = measure(span);
-    if (threadIdx.x == 0) m.partials[chunk] = partial;
+    if (threadIdx.x == 0) job.partials[chunk] = partial;
   });
   if (threadIdx.x == 0) {
-    last = last_to_arrive(m.counters + t, static_cast<uint32_t>(m.tensors.begin[t + 1] - begin));
+    last =
+        last_to_arrive(job.counters + t, static_cast<uint32_t>(job.tensors.begin[t + 1] - begin));
   }
   __syncthreads();
-  if (last) merge_chunks(m.partials + begin, count, m.out + 3 * int64_t{m.tensors.row[t]});
+  if (last) merge_chunks(job.partials + begin, count, job.out + 3 * int64_t{job.tensors.row[t]});
 }
 
 }  // namespace
 
-void launch_moments(const Tensors& tensors, double* out, const Workspace& workspace,
+template <int kCapacity>
+void launch_moments(const Tensors<kCapacity>& tensors, double* out, const Workspace& workspace,
                     const Queue& queue) {
-  const Measurement measurement{tensors, out, workspace.partials, workspace.tensor_counters};
-  launch(moments_kernel, dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue,
-         measurement);
+  const Job<kCapacity> job{tensors, out, workspace.partials, workspace.tensor_counters};
+  launch(moments_kernel<Job<kCapacity>>, dim3(static_cast<unsigned>(tensors.chunks())), kThreads,
+         queue, job);
 }
+
+template void launch_moments(const Tensors<kFew>&, double*, const Workspace&, const Queue&);
+template void launch_moments(const Tensors<kMany>&, double*, const Workspace&, const Queue&);
+
+namespace {
+
+template <int kCapacity>
+void measure_all(const Gradient* gradient, const Gradient* end, double* out, const Queue& queue) {
+  const Workspace workspace(queue.workspace);
+  Tensors<kCapacity> tensors;
+  while (gradient != end) {
+    gradient = tensors.fill(gradient, end, false);
+    launch_moments(tensors, out, workspace, queue);
+  }
+}
+
+}  // namespace
 
 void moments(const Gradient* gradients, int64_t count, double* out, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  const Workspace workspace(queue.workspace);
-  Tensors tensors;
-  for (int64_t first = 0; first < count;) {
-    first += tensors.fill(gradients, first, count, false);
-    launch_moments(tensors, out, workspace, queue);
-  }
+  (count <= kFew ? measure_all<kFew> : measure_all<kMany>)(gradients, gradients + count, out,
+                                                           queue);
 }
 
 }  // namespace mmbal::cuda

@@ -19,15 +19,15 @@ template <class T>
 __device__ __forceinline__ void fill(const Span<T>& span, const NoiseKey& key) {
   using Compute = typename Element<T>::Compute;
   const Pieces<kGroup<T>> pieces(span);
-  const bool in_step = ((span.index + pieces.head) & 3) == 0;
-  _Pragma("unroll 1") for (int group = static_cast<int>(threadIdx.x); group < pieces.groups;
-                           group += kThreads) {
+  const bool in_step = ((span.index + static_cast<uint64_t>(pieces.head)) & 3) == 0;
+  MMBAL_UNROLL_BY(1)
+  for (int group = static_cast<int>(threadIdx.x); group < pieces.groups; group += kThreads) {
     const int at = pieces.group_at(group);
     float z[kGroup<T>];
     if (in_step) {
-      noise_of_group<kGroup<T>>(key, span.index + at, z);
+      noise_of_blocks<kGroup<T>>(key, (span.index + static_cast<uint64_t>(at)) >> 2, z);
     } else {
-      noise_across_blocks<kGroup<T>>(key, span.index + at, z);
+      noise_across_blocks<kGroup<T>>(key, span.index + static_cast<uint64_t>(at), z);
     }
     Group<T> values{};
     values.transform([&](int i, Compute) { return static_cast<Compute>(z[i]); });
@@ -36,7 +36,7 @@ __device__ __forceinline__ void fill(const Span<T>& span, const NoiseKey& key) {
   const int thread = static_cast<int>(threadIdx.x);
   if (pieces.single(thread)) {
     const int at = pieces.single_at(thread);
-    span.data[at] = Element<T>::to(noise_of_element(key, span.index + at));
+    span.data[at] = Element<T>::to(noise_of_element(key, span.index + static_cast<uint64_t>(at)));
   }
 }
 
@@ -69,9 +69,7 @@ __global__ void philox_kernel(const PhiloxInput __grid_constant__ input) {
 
 void noise(const Gradient& tensor, const NoiseSource& source, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  Tensors tensors;
-  tensors.fill(&tensor, 0, 1, true);  // checks the size
-  launch(noise_kernel, dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue,
+  launch(noise_kernel, dim3(static_cast<unsigned>(chunks_of(tensor.count))), kThreads, queue,
          Target{tensor.data, tensor.count, tensor.offset, tensor.dtype, tensor.id, source});
 }
 

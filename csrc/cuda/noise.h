@@ -29,20 +29,18 @@ __device__ __forceinline__ void noise_block(const NoiseKey& key, uint64_t block,
   z[3] = quad.z3;
 }
 
-// Noise of kCount elements of which the first begins a block.
+// Noise of kCount elements from a block's first element on.
 template <int kCount>
-__device__ __forceinline__ void noise_of_group(const NoiseKey& key, uint64_t index, float* z) {
+__device__ __forceinline__ void noise_of_blocks(const NoiseKey& key, uint64_t block, float* z) {
   MMBAL_UNROLL
-  for (int i = 0; i < kCount; i += 4) {
-    noise_block(key, (index >> 2) + static_cast<uint64_t>(i / 4), z + i);
-  }
+  for (int i = 0; i < kCount; i += 4) noise_block(key, block + static_cast<uint64_t>(i / 4), z + i);
 }
 
-// The same where the first does not: one block more, and a choice of registers.
+// The same from within a block: one block more, and a choice of registers.
 template <int kCount>
 __device__ __forceinline__ void noise_across_blocks(const NoiseKey& key, uint64_t index, float* z) {
   float blocks[kCount + 4];
-  noise_of_group<kCount + 4>(key, index, blocks);
+  noise_of_blocks<kCount + 4>(key, index >> 2, blocks);
   const auto lane = static_cast<int>(index & 3);
   MMBAL_UNROLL
   for (int i = 0; i < kCount; ++i) {
@@ -81,7 +79,7 @@ struct Group {
       Element<T>::unpack(packets[p], x);
       MMBAL_UNROLL
       for (int i = 0; i < Element<T>::kPacket; ++i) x[i] = f(p * Element<T>::kPacket + i, x[i]);
-      packets[p] = Element<T>::pack(x);
+      packets[p] = Element<T>::saturate(packets[p], Element<T>::pack(x));
     }
   }
 };

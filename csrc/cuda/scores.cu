@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda/device.h"
+#include "cuda/softmax.h"
 #include "math/modulation.h"
-#include "math/softmax.h"
 
 namespace mmbal::cuda {
 namespace {
 
 constexpr int kMaxModalities = 256;
-constexpr int kMaxBlocks = 256;         // that share one modality's rows
-constexpr int64_t kWarpClasses = 1024;  // rows up to here belong to a warp, longer ones to a block
-constexpr int kUnroll = 4;
+constexpr int kMaxBlocks = 256;  // that share one modality's rows
 
 struct Scoring {
   const void* logits[kMaxModalities];
@@ -29,104 +26,19 @@ struct Scoring {
   uint32_t* block_counter;
 };
 
-__device__ __forceinline__ float exponential(float x) { return exp_nonpositive<Scalar>(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float lowest(float) { return -3.402823466e38f; }
-__device__ __forceinline__ double lowest(double) { return -1.7976931348623157e308; }
-__device__ __forceinline__ float infinity(float) { return HUGE_VALF; }
-__device__ __forceinline__ double infinity(double) { return HUGE_VAL; }
-
-template <class A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return a > b ? a : b;
-}
-
-// A thread's part of one softmax: sums of exp(x - top), as such and weighted.
-template <class A>
-struct Softmax {
-  A top, sum, weighted;
-
-  __device__ __forceinline__ void rescale(A new_top) {
-    const A factor = exponential(top - new_top);
-    sum *= factor;
-    weighted *= factor;
-    top = new_top;
-  }
+struct Fraction {
+  double numerator, denominator;
 };
 
-// One pass over a row; kLanes threads share it, and each of them takes every kLanes-th logit.
+// Score of row b, which has a label or soft labels.
 template <int kLanes, class T>
-__device__ __forceinline__ Softmax<typename Element<T>::Compute> read_row(const T* row,
-                                                                          const T* weights,
-                                                                          int64_t classes) {
-  using A = typename Element<T>::Compute;
-  // A finite start, so that a logit of -inf is no special case.
-  Softmax<A> part{lowest(A{}), 0, 0};
-  for (int64_t c = threadIdx.x % kLanes; c < classes; c += kUnroll * kLanes) {
-    A x[kUnroll];
-    MMBAL_UNROLL
-    for (int i = 0; i < kUnroll; ++i) {
-      const int64_t at = c + i * kLanes;
-      x[i] = at < classes ? Element<T>::from(row[at]) : -infinity(A{});
-    }
-    const A top = larger(larger(x[0], x[1]), larger(x[2], x[3]));
-    if (top > part.top) part.rescale(top);
-    MMBAL_UNROLL
-    for (int i = 0; i < kUnroll; ++i) {
-      const int64_t at = c + i * kLanes;
-      const A e = exponential(x[i] - part.top);
-      part.sum += e;
-      if (weights && at < classes) part.weighted += e * Element<T>::from(weights[at]);
-    }
-  }
-  return part;
-}
-
-template <class A>
-__device__ __forceinline__ A warp_max(A x) {
-  MMBAL_UNROLL
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = larger(x, __shfl_xor_sync(~0u, x, lanes));
-  return x;
-}
-
-// The softmax of the whole row, for all its threads.
-template <int kLanes, class A>
-__device__ __forceinline__ Softmax<A> combine(Softmax<A> part) {
-  __shared__ A shared[kWarps];
-  A top = warp_max(part.top);
-  if (kLanes == kThreads) {
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = top;
-    __syncthreads();
-    MMBAL_UNROLL
-    for (int warp = 0; warp < kWarps; ++warp) top = larger(top, shared[warp]);
-  }
-  part.rescale(top);
-  part.sum = kLanes == kThreads ? block_sum(part.sum, shared) : warp_sum(part.sum);
-  part.weighted = kLanes == kThreads ? block_sum(part.weighted, shared) : warp_sum(part.weighted);
-  return part;
-}
-
-template <int kLanes, class T>
-__device__ __forceinline__ double row_score(const Scoring& s, int m, int64_t b) {
+__device__ __forceinline__ Fraction row_score(const Scoring& s, int m, int64_t b, int64_t label) {
   using A = typename Element<T>::Compute;
   const T* row = static_cast<const T*>(s.logits[m]) + b * s.classes;
-  if (s.labels == nullptr) {
-    const T* weights = static_cast<const T*>(s.soft[m]) + b * s.classes;
-    const Softmax<A> all = combine<kLanes>(read_row<kLanes>(row, weights, s.classes));
-    return static_cast<double>(all.weighted) / static_cast<double>(all.sum);
-  }
-  const int64_t label = s.labels[b];
-  if (label < 0 || label >= s.classes) {
-    if (label != s.ignore_index && s.status && threadIdx.x % kLanes == 0) {
-      atomicOr(s.status, kLabelOutOfRange);
-    }
-    return 0;
-  }
-  const Softmax<A> all =
-      combine<kLanes>(read_row<kLanes>(row, static_cast<const T*>(nullptr), s.classes));
-  const A own = exponential(Element<T>::from(row[label]) - all.top);
-  return static_cast<double>(own) / static_cast<double>(all.sum);
+  const T* weights = s.labels ? nullptr : static_cast<const T*>(s.soft[m]) + b * s.classes;
+  const Softmax<A> all = combine<kLanes>(read_row<kLanes>(row, weights, s.classes));
+  const A own = weights ? all.weighted : exponential(Element<T>::from(row[label]) - all.top);
+  return {static_cast<double>(own), static_cast<double>(all.sum)};
 }
 
 // By one block.
@@ -159,19 +71,25 @@ __device__ __forceinline__ void finish(const Scoring& s) {
 }
 
 template <int kLanes>
-__global__ __launch_bounds__(kThreads) void scores_kernel(const Scoring __grid_constant__ s) {
+__global__ __launch_bounds__(kThreads, 2) void scores_kernel(const Scoring __grid_constant__ s) {
   constexpr int kRows = kThreads / kLanes;  // that a block reads at a time
   const int m = static_cast<int>(blockIdx.y);
   const int group = static_cast<int>(threadIdx.x) / kLanes;
   __shared__ double sums[kRows];
   __shared__ bool last;
   double sum = 0;
-  with_type(static_cast<DType>(s.dtypes[m]), [&](auto type) {
-    const int64_t stride = int64_t{gridDim.x} * kRows;
-    for (int64_t b = int64_t{blockIdx.x} * kRows + group; b < s.batch; b += stride) {
-      sum += row_score<kLanes, decltype(type)>(s, m, b);
+  const int64_t stride = int64_t{gridDim.x} * kRows;
+  for (int64_t b = int64_t{blockIdx.x} * kRows + group; b < s.batch; b += stride) {
+    const int64_t label = s.labels ? s.labels[b] : 0;
+    if (label < 0 || label >= s.classes) {
+      if (label != s.ignore_index && s.status) atomicOr(s.status, kLabelOutOfRange);
+      continue;
     }
-  });
+    Fraction score{};
+    with_type(static_cast<DType>(s.dtypes[m]),
+              [&](auto type) { score = row_score<kLanes, decltype(type)>(s, m, b, label); });
+    sum += score.numerator / score.denominator;
+  }
   if (threadIdx.x % kLanes == 0) sums[group] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -60,5 +60,13 @@ MMBAL_HD Half to_half(float x) {
 // Largest finite float16; results saturate there when the gradient itself was finite.
 constexpr float kHalfMax = 65504.0f;
 
+// That for two packed float16: `after` with infinities made kHalfMax where `before` was finite.
+MMBAL_HD uint32_t saturate_halves(uint32_t before, uint32_t after) {
+  // The addition carries into the sign where the exponent is the highest one: not finite.
+  const uint32_t infinite = (after & 0x7fff7fffu) + 0x04000400u;
+  const uint32_t was_infinite = (before & 0x7c007c00u) + 0x04000400u;
+  return after - ((infinite & ~was_infinite & 0x80008000u) >> 15);
+}
+
 }  // namespace
 }  // namespace mmbal

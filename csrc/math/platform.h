@@ -30,9 +30,16 @@ struct Scalar {
     return std::fmaf(a, b, c);
 #endif
   }
+  // For 2^-101 <= x only. On CUDA this is what __fsqrt_rn does there, without its branch for the
+  // rest: a residual that is exact corrects the seed to the nearest float. Of all mantissas and all
+  // seeds that keep PTX's error bound two pairs would round wrong; no device has those seeds, or
+  // its __fsqrt_rn were wrong.
   static MMBAL_HD F sqrt(F x) {
 #if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
+    float seed;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(seed) : "f"(x));
+    const float root = __fmul_rn(x, seed);
+    return __fmaf_rn(__fmaf_rn(-root, root, x), __fmul_rn(seed, 0.5f), root);
 #else
     return std::sqrt(x);
 #endif
@@ -63,12 +70,27 @@ struct Scalar {
     return static_cast<U>(static_cast<int32_t>(u) >> n);
   }
   // b where the top bit of mask is set, else a.
-  static MMBAL_HD F select(U mask, F a, F b) { return static_cast<int32_t>(mask) < 0 ? b : a; }
+  static MMBAL_HD F select(U mask, F a, F b) {
+#if defined(__CUDA_ARCH__)
+    float chosen;  // the compiler would move the bit to the bottom first
+    asm("slct.f32.s32 %0, %1, %2, %3;" : "=f"(chosen) : "f"(a), "f"(b), "r"(mask));
+    return chosen;
+#else
+    return static_cast<int32_t>(mask) < 0 ? b : a;
+#endif
+  }
   static MMBAL_HD F max(F a, F b) { return a > b ? a : b; }
   static MMBAL_HD void multiply_wide(U a, uint32_t b, U& high, U& low) {
+#if defined(__CUDA_ARCH__)
+    // One instruction; from the 64-bit product the compiler makes two.
+    asm("{ .reg .u64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }"
+        : "=r"(low), "=r"(high)
+        : "r"(a), "r"(b));
+#else
     const uint64_t product = static_cast<uint64_t>(a) * b;
     high = static_cast<U>(product >> 32);
     low = static_cast<U>(product);
+#endif
   }
 };
 
