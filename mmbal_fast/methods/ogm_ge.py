@@ -221,7 +221,7 @@ class OGMGE:
             target,
             ignore_index,
             self._pending,
-            self.alpha if self.enabled else 0.0,
+            self.alpha,
             self._rule_name,
             self._status,
         )
@@ -287,6 +287,7 @@ class OGMGE:
                 f"{op}: needs scores, from observe() or from logits and target "
                 "(got none since the last step)"
             )
+        self._pending = False  # a step that fails must not add its scores to the next one's
         if error_if_nonfinite:
             self.check()
         work = self._sum_scores()
@@ -300,7 +301,6 @@ class OGMGE:
             self._skipped.copy_(found_inf(scaler, optimizers, self._skipped.device))
             if self.enabled:
                 self._counter.add_(~self._skipped)
-        self._pending = False
         self.last = self._record if scaler is None else self._scaled_record
         return self.last
 
@@ -377,20 +377,18 @@ class OGMGE:
     def _derive(self, work: dist.Work | None) -> None:
         """Ratios and coefficients from the scores, once they are summed."""
         state = self._state
-        alpha = self.alpha if self.enabled else 0.0
         if work is not None:
             work.wait()  # on CUDA the stream waits, not the host
         if self._group is None:
             pass  # done where they were observed
         elif torch.compiler.is_compiling():
-            torch.ops.mmbal.derive_(state, True, alpha, self._rule_name)
+            torch.ops.mmbal.derive_(state, True, self.alpha, self._rule_name)
         else:
-            _scores.derive_eager_(state, True, alpha, self._rule_name)
-        if callable(self.rule):
-            if self.enabled:
-                state[2] = _scores.modulation_coefficients(state[1], 0.0, rule=self.rule)
-            else:
-                state[2] = 1.0
+            _scores.derive_eager_(state, True, self.alpha, self._rule_name)
+        if not self.enabled:
+            state[2] = 1.0
+        elif callable(self.rule):
+            state[2] = _scores.modulation_coefficients(state[1], 0.0, rule=self.rule)
 
     def check(self) -> None:
         """Raises for what the kernels found on the device since the last check. Reads the host.
