@@ -112,7 +112,9 @@ def norms_are_of_the_whole_parameters(rank: int) -> None:
 def utilization_is_of_all_data(rank: int) -> None:
     model = Net()
     train(model, GreedyBalancing(model, warmup_steps=20), slice(None))
-    batches = [batch(100 + i, size=3 + i) for i in range(3)]
+    batches = [batch(100, size=30), batch(101, size=2), batch(102, size=30)]
+    batches[1][0].add_(20.0)  # a mean over ranks that ignores their sizes would be far off
+    batches[1][1].sub_(20.0)
     single = conditional_utilization(model, batches)
     group = dist.group.WORLD
     both = conditional_utilization(copy.deepcopy(model), batches[rank::2], process_group=group)
