@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmbal_fast import _backend, functional
+from mmbal_fast import _backend, functional, reference
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -107,16 +108,16 @@ def test_scaling_all_losses_changes_no_weight(factor: float) -> None:
     torch.testing.assert_close(weights.sum(), f64(1.0)[0])
 
 
-def test_small_increments_of_large_losses_are_not_lost() -> None:
-    # In float32 1000.5 - 0.000244140625 cannot be told from 1000.5 once differences are taken.
-    before = torch.tensor([1000.5, 1000.5])
-    train, val = (
-        before - torch.tensor([3.0, 3.0]) * 2**-12,
-        before - torch.tensor([1.0, 2.0]) * 2**-12,
-    )
-    ratio = functional.overfitting_to_generalization_ratio(before, before, train, val)
-    assert ratio.dtype == torch.float64
-    assert ratio.tolist() == [2.0, 0.5]
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+def test_increments_are_taken_in_float64(module: ModuleType) -> None:
+    # In float32 the gaps, near 1000, would be rounded to 6e-5.
+    losses = [torch.tensor(each) for each in ([0.3, 0.1], [1000.5, 1000.5], [0.2, 0.1], [1e3, 1e3])]
+    assert losses[0].dtype == torch.float32
+    ratio = module.overfitting_to_generalization_ratio(*losses)
+    train_before, val_before, train_after, val_after = (each.tolist() for each in losses)
+    for k in range(2):
+        gap = (val_after[k] - train_after[k]) - (val_before[k] - train_before[k])
+        assert ratio[k] == pytest.approx(abs(gap / (val_before[k] - val_after[k])), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_number_of_threads_changes_no_bit(shape: tuple[int, int], cpu: Backend) 
 ISA = """
 import sys, torch
 from torch.nn import functional as F
-from mmbal_fast import _backend, functional
+from mmbal_fast import _backend, functional, reference
 assert _backend.native.cpu_isa() == sys.argv[1]
 torch.manual_seed(0)
 for classes in (2, 7, 32, 33, 310):
