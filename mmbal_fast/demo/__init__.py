@@ -36,7 +36,8 @@ def main(argv: Sequence[str] = ()) -> int:
     from rich.progress import Progress
 
     from mmbal_fast.demo import _report
-    from mmbal_fast.demo._rows import ROWS, Settings
+    from mmbal_fast.demo._learner import Settings
+    from mmbal_fast.demo._rows import ROWS
     from mmbal_fast.demo._training import run_all
 
     options = _parser(list(ROWS)).parse_args(argv)
@@ -53,10 +54,11 @@ def main(argv: Sequence[str] = ()) -> int:
             progress=lambda done: bar.update(task, completed=done),
         )
     results = _report.group(trials)
-    path = _report.save(results, epochs, options.out)
+    paths = _report.save(results, epochs, options.out)
     console.print(_report.table(results))
     console.print(_notes(seeds, epochs), style="dim", highlight=False)
-    console.print(f"curves: {path}", soft_wrap=True, highlight=False)
+    for path in paths:
+        console.print(f"curves: {path}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -40,14 +40,15 @@ def group(trials: Sequence[Trial]) -> Results:
 # ---- Table ---------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and standard deviation, the latter from two values on.
 
     Example:
         >>> spread([58.0, 60.0]), spread([58.0])
         ('59.0 ± 1.4', '58.0')
     """
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def added(trials: Sequence[Trial]) -> str:
@@ -70,7 +71,7 @@ def table(results: Results) -> Table:
         cells = [spread([trial.accuracy for trial in trials])]
         for name in measures:
             values = [trial.measures[name] for trial in trials if name in trial.measures]
-            cells.append(spread(values) if values else "-")
+            cells.append(spread(values, digits=3) if values else "-")
         out.add_row(ROWS[row].label, *cells, added(trials))
     return out
 
@@ -148,7 +149,7 @@ def figure(results: Results, epochs: int) -> Figure:
     out.legend(
         handles=[Line2D([], [], label=ROWS[row].label, **look[row]) for row in results],
         loc="outside upper center",
-        ncols=min(len(results), 6),
+        ncols=5 if len(results) <= 5 else 4,
         frameon=False,
     )
     seeds = len(next(iter(results.values())))
@@ -184,13 +185,77 @@ def smoothed(curve: Sequence[float], window: int) -> NDArray[np.float64]:
     return np.convolve(curve, ones, mode="same") / counts
 
 
-def save(results: Results, epochs: int, directory: Path) -> Path:
-    """Writes the plot.
+def blending_figure(results: Results, epochs: int) -> Figure | None:
+    """OGR and weight of each head over the super-epochs, of the first run with each variant."""
+    rows = [row for row in results if "OGR/fused" in results[row][0].curves]
+    if not rows:
+        return None
+    out = Figure(figsize=(11, 3.4 * len(rows)), dpi=150, layout="constrained")
+    for pair, row in zip(out.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        curves = results[row][0].curves
+        for axes, curve, label in zip(
+            pair, ("OGR", "weight"), ("OGR (log)", "weight"), strict=True
+        ):
+            for color, head in zip(COLORS, ("gray", "color", "fused"), strict=False):
+                values = curves[f"{curve}/{head}"]
+                # Online a measurement belongs to the end of its super-epoch; offline to the start.
+                x = [epochs * (i + 2) / (len(values) + 1) for i in range(len(values))]
+                if len(values) == 1:
+                    x, values = [0, epochs], values * 2
+                axes.plot(x, values, marker="o", color=color, label=head)
+            axes.set_title(ROWS[row].label, loc="left", fontsize=11, fontweight="bold")
+            axes.set(xlabel="epoch", ylabel=label, xlim=(0, epochs * 1.02))
+            axes.grid(color="0.92")
+        pair[0].set_yscale("log")
+        pair[1].set_ylim(-0.03, 1.03)
+        pair[0].legend(frameon=False)
+    return out
+
+
+def greedy_figure(results: Results, epochs: int) -> Figure | None:
+    """Both learning speeds of the first balanced run, the rebalancing windows shaded."""
+    rows = [row for row in results if "speed/gray" in results[row][0].curves]
+    if not rows:
+        return None
+    out = Figure(figsize=(11, 3.4 * len(rows)), dpi=150, layout="constrained")
+    for (axes,), row in zip(out.subplots(len(rows), 1, squeeze=False), rows, strict=True):
+        curves = results[row][0].curves
+        steps = len(curves["speed/gray"])
+        x = epochs * np.arange(1, steps + 1) / steps
+        for color, branch in zip(COLORS[1:], ("gray", "color"), strict=False):
+            axes.plot(x, curves[f"speed/{branch}"], color=color, label=f"speed of {branch}")
+        if "rebalancing/on" in curves:
+            axes.fill_between(
+                x,
+                0,
+                1,
+                where=np.array(curves["rebalancing/on"]) > 0,
+                transform=axes.get_xaxis_transform(),
+                color="0.85",
+                lw=0,
+                label="rebalancing",
+            )
+        axes.set_title(ROWS[row].label, loc="left", fontsize=11, fontweight="bold")
+        axes.set(xlabel="epoch", ylabel="conditional learning speed", xlim=(0, epochs))
+        axes.legend(frameon=False, ncols=3)
+    return out
+
+
+def save(results: Results, epochs: int, directory: Path) -> list[Path]:
+    """Writes the plots.
 
     Returns:
-        Its path.
+        Their paths, the one with all rows first.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "demo.png"
-    figure(results, epochs).savefig(path)
-    return path
+    figures = {
+        "demo.png": figure(results, epochs),
+        "gradient-blending.png": blending_figure(results, epochs),
+        "greedy.png": greedy_figure(results, epochs),
+    }
+    paths = []
+    for name, each in figures.items():
+        if each is not None:
+            paths.append(directory / name)
+            each.savefig(paths[-1])
+    return paths

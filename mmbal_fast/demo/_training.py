@@ -12,8 +12,9 @@ import torch
 
 from mmbal_fast.demo import _digits
 from mmbal_fast.demo._digits import Samples
+from mmbal_fast.demo._learner import Learner, Settings, Setup
 from mmbal_fast.demo._recorder import Recorder
-from mmbal_fast.demo._rows import ROWS, Learner, Settings, Setup
+from mmbal_fast.demo._rows import ROWS
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_table_has_a_column_for_what_some_rows_measure():
     assert rendered(TRIALS[:2] + measured) == [
         ["training", "test accuracy, %", "d_util", "added per step"],
         ["gray alone", "98.5 ± 0.7", "-", "-"],
-        ["joint + OGM", "61.0 ± 1.4", "0.5 ± 0.4", "0.50 ms (5.3%)"],
+        ["joint + OGM", "61.0 ± 1.4", "0.500 ± 0.354", "0.50 ms (5.3%)"],
     ]
 
 
@@ -105,9 +105,25 @@ def test_smoothing_keeps_a_constant_and_the_length():
 
 
 def test_save_makes_the_directory(tmp_path):
-    path = _report.save(_report.group(TRIALS), 2, tmp_path / "new" / "folder")
+    (path,) = _report.save(_report.group(TRIALS), 2, tmp_path / "new" / "folder")
     assert path.parent == tmp_path / "new" / "folder"
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_with_curves_of_their_own_get_plots_of_their_own(tmp_path):
+    heads = {
+        f"{curve}/{head}": [0.1, 0.4]
+        for curve in ("OGR", "weight")
+        for head in ("gray", "color", "fused")
+    }
+    speeds = {"speed/gray": [1.0] * 4, "speed/color": [0.5] * 4, "rebalancing/on": [0.0, 1.0] * 2}
+    trials = [
+        Trial("blend-online", 0, 50.0, 0.01, 0.0, {"accuracy/model": [1.0, 2.0], **heads}, {}),
+        Trial("mmtm-balanced", 0, 50.0, 0.01, 0.0, {"accuracy/model": [1.0, 2.0], **speeds}, {}),
+    ]
+    paths = _report.save(_report.group(trials), 2, tmp_path)
+    assert [path.name for path in paths] == ["demo.png", "gradient-blending.png", "greedy.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
 
 
 def test_every_panel_belongs_to_a_curve_of_some_row():

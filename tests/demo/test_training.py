@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mmbal_fast.demo import _digits, _recorder
+from mmbal_fast.demo._learner import Plain, Row, Settings, Setup
 from mmbal_fast.demo._recorder import Recorder
-from mmbal_fast.demo._rows import ROWS, Plain, Row, Settings, Setup
+from mmbal_fast.demo._rows import ROWS
 from mmbal_fast.demo._training import Trial, run, run_all
 
 PER_EPOCH = 19  # batches of 64 in 1200 samples
