@@ -35,6 +35,10 @@ struct Modulation {
   const double* moments;  // [T, 3] of the whole tensors, or null: measured here
   int32_t* status;        // kNonFiniteGradient is or-ed in; may be null
   int64_t* advance;       // step counter incremented at the end; may be null
+  // Multiply gradients by *inverse_scale first, rounded to their type, and set *found_inf to 1
+  // where one is not finite before that. Both null: do not.
+  const float* inverse_scale;
+  float* found_inf;
 };
 
 // Softmax scores of M modalities over a batch, and what follows from them.

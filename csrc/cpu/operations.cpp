@@ -57,9 +57,12 @@ Span span(const Gradient& gradient, const Chunk& chunk) {
           std::min(kChunk, gradient.count - first), first};
 }
 
-// Moments of every gradient, into `out` in the gradients' order.
+// Moments of every gradient, into `out` in the gradients' order. prepare(dtype, span) comes before
+// a chunk is read.
+template <class Prepare>
 void measure(const Gradient* gradients, int64_t count, const std::vector<Chunk>& chunks,
-             int threads, std::vector<Partial>& partials, std::vector<Moments>& out) {
+             int threads, std::vector<Partial>& partials, std::vector<Moments>& out,
+             Prepare&& prepare) {
   const KernelTable& table = kernels();
   const auto total = static_cast<int64_t>(chunks.size());
   partials.resize(chunks.size());
@@ -67,6 +70,7 @@ void measure(const Gradient* gradients, int64_t count, const std::vector<Chunk>&
   parallel_for(total, kGrain, threads, [&](int64_t i) {
     const Gradient& gradient = gradients[chunks[i].gradient];
     const Span part = span(gradient, chunks[i]);
+    prepare(gradient.dtype, part);
     partials[i] = table.moments[static_cast<int>(gradient.dtype)](part.data, part.count);
   });
   const Partial* next = partials.data();
@@ -86,7 +90,7 @@ void moments(const Gradient* gradients, int64_t count, double* out, int threads)
   Scratch& memory = scratch();
   const int64_t elements = list_chunks(gradients, count, memory.chunks);
   measure(gradients, count, memory.chunks, useful_threads(elements, threads), memory.partials,
-          memory.moments);
+          memory.moments, [](DType, const Span&) {});
   for (int64_t g = 0; g < count; ++g) {
     const Moments& m = memory.moments[g];
     std::copy_n(&m.count, 3, out + 3 * gradients[g].row);
@@ -99,6 +103,12 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
   const uint32_t step = low_word(modulation.source);
   const bool noisy = modulation.noise != 0;
   std::atomic<bool> finite{true};
+  std::atomic<bool> finite_before{true};
+  const auto unscale = [&](DType dtype, const Span& part) {
+    if (modulation.inverse_scale == nullptr) return;
+    const double factor = *modulation.inverse_scale;
+    if (!table.scale[static_cast<int>(dtype)](part.data, part.count, factor)) finite_before = false;
+  };
   for (int64_t begin = 0, end = 0; begin < count; begin = end) {
     int64_t bytes = 0;
     do {
@@ -109,7 +119,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
     const int useful = useful_threads(elements, threads);
     const bool measured = noisy && modulation.moments == nullptr;
     if (measured) {
-      measure(wave, end - begin, memory.chunks, useful, memory.partials, memory.moments);
+      measure(wave, end - begin, memory.chunks, useful, memory.partials, memory.moments, unscale);
     }
     const auto amplitude = [&](int64_t g) {
       if (!noisy) return 0.0;
@@ -126,6 +136,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
       const Chunk& chunk = chunks[total - 1 - i];
       const Gradient& gradient = wave[chunk.gradient];
       const Span part = span(gradient, chunk);
+      if (!measured) unscale(gradient.dtype, part);
       const double k = usable_coefficient(modulation.coefficients[gradient.modality]);
       const int dtype = static_cast<int>(gradient.dtype);
       const double scale = amplitude(chunk.gradient);
@@ -139,6 +150,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
     });
   }
   if (modulation.status && !finite) *modulation.status |= kNonFiniteGradient;
+  if (!finite_before) *modulation.found_inf = 1;
   if (modulation.advance) ++*modulation.advance;
 }
 

@@ -198,7 +198,8 @@ py::object moments(py::handle grads, py::handle out, py::handle names, int threa
 py::object modulate(py::handle grads, py::handle coefficients, py::handle modality, double noise,
                     uint64_t seed, py::handle step, py::handle tensor_ids, py::handle offsets,
                     py::handle given_moments, double eps, py::handle status, bool advance,
-                    py::handle names, int threads, py::handle workspace) {
+                    py::handle names, int threads, py::handle workspace, py::handle inverse_scale,
+                    py::handle found_inf) {
   const std::string op = "modulate_";
   const Sequence list(grads, "modulate_: grads must be a sequence of tensors");
   const Sequence modalities(modality, "modulate_: modality must be a sequence of integers");
@@ -244,7 +245,7 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
   require_device(k, op + ": coefficients", where, "the gradients");
   if (step_is_tensor) require_device(counter, op + ": step", where, "the gradients");
   Modulation modulation{static_cast<const float*>(k.data()), noise, eps, source, nullptr, nullptr,
-                        advance ? counter_memory : nullptr};
+                        advance ? counter_memory : nullptr, nullptr, nullptr};
   if (!given_moments.is_none()) {
     const View rows = checked(op + ": moments", given_moments, kDLFloat, 64);
     require_device(rows, op + ": moments", where, "the gradients");
@@ -256,6 +257,18 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
     modulation.moments = static_cast<const double*>(rows.data());
   }
   modulation.status = optional_status(op, status, where);
+  if (!inverse_scale.is_none()) {
+    if (where.tensor.device.device_type == kKernelDevice) {
+      throw py::type_error("modulate_: inverse_scale must not be given for tensors on cuda");
+    }
+    const auto number = [&](const char* name, py::handle object) {
+      const View tensor = checked(op + ": " + name, object, kDLFloat, 32);
+      require_device(tensor, op + ": " + name, where, "the gradients");
+      return static_cast<float*>(tensor.data());
+    };
+    modulation.inverse_scale = number("inverse_scale", inverse_scale);
+    modulation.found_inf = number("found_inf", found_inf);
+  }
   const auto count = static_cast<int64_t>(gradients.items.size());
   run(where, gradients_workspace(gradients), workspace,
       [&] { cpu::modulate(gradients.items.data(), count, modulation, threads); },
@@ -485,7 +498,8 @@ PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   m.def("moments", &moments, "grads"_a, "out"_a, "names"_a, "threads"_a, "workspace"_a);
   m.def("modulate_", &modulate, "grads"_a, "coefficients"_a, "modality"_a, "noise"_a, "seed"_a,
         "step"_a, "tensor_ids"_a, "offsets"_a, "moments"_a, "eps"_a, "status"_a, "advance"_a,
-        "names"_a, "threads"_a, "workspace"_a);
+        "names"_a, "threads"_a, "workspace"_a, "inverse_scale"_a = py::none(),
+        "found_inf"_a = py::none());
   m.def("noise_", &noise, "out"_a, "seed"_a, "step"_a, "tensor_id"_a, "offset"_a, "threads"_a);
   m.def("scores_", &scores, "logits"_a, "target"_a, "ignore_index"_a, "state"_a, "accumulate"_a,
         "alpha"_a, "rule"_a, "status"_a, "threads"_a, "workspace"_a);

@@ -160,8 +160,9 @@ def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
 
 
 def unscales(device: torch.device) -> bool:
-    """Whether `apply_` takes ``inverse_scale`` and ``found_inf`` on this device."""
-    return False
+    """Whether `eager_` takes ``inverse_scale`` and ``found_inf`` on this device."""
+    native = _backend.runs(device)
+    return device.type == "cpu" and native is not None and not native.build_info()["emulated"]
 
 
 def _traced_(grads: Sequence[Tensor | None], update: Update) -> None:
@@ -208,6 +209,8 @@ def eager_(grads: Sequence[Tensor | None], update: Update) -> None:
         update.names,
         torch.get_num_threads(),
         _backend.workspace,
+        update.inverse_scale,
+        update.found_inf,
     )
     if unfit is True:
         _per_device_(grads, update)

@@ -484,14 +484,14 @@ def _collect(
         named = _named(op, modality, value)
         _distributed.refuse_flattened(op, modality, value, [parameter for _, parameter in named])
         for name, parameter in named:
-            if not select(name, parameter):
-                continue
-            found = True
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(
                     f"{op}: parameters must have a shape before the method is made; pass a batch "
                     f"through the model first (got uninitialised '{modality}.{name}')"
                 )
+            if not select(name, parameter):
+                continue
+            found = True
             qualified = f"{modality}.{name}"
             first = seen.setdefault(id(parameter), len(parameters))
             if first == len(parameters):

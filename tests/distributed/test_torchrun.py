@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def torchrun(script: str, ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A finished run of a script of this folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "--monitor-interval=1", str(HERE / script)]
+    command += [f"--nproc-per-node={ranks}", str(HERE / script)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     environment["PYTHONPATH"] = str(HERE.parents[1])
     return subprocess.run(
@@ -68,3 +68,15 @@ def require_passed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, i
 @pytest.mark.parametrize("check", checks_of("two_ranks.py"))
 def test_two_ranks(check: str, require_passed: Callable[[str, int, str], None]) -> None:
     require_passed("two_ranks.py", 2, check)
+
+
+@pytest.mark.parametrize("check", checks_of("four_ranks.py"))
+def test_four_ranks(check: str, require_passed: Callable[[str, int, str], None]) -> None:
+    require_passed("two_ranks.py", 2, "check_saves_and_resumes")
+    require_passed("four_ranks.py", 4, check)
+
+
+@pytest.mark.parametrize("check", checks_of("one_rank.py"))
+def test_one_rank(check: str, require_passed: Callable[[str, int, str], None]) -> None:
+    require_passed("two_ranks.py", 2, "check_saves_and_resumes")
+    require_passed("one_rank.py", 1, check)

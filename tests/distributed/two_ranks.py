@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -22,42 +21,15 @@ import mmbal_fast
 from tests.distributed.checks import (
     TwoEncoders,
     batch_of,
+    counted_collectives,
     equal_on_all_ranks,
+    noise_of,
+    parameters_of,
     part_of,
     run_checks,
     share,
     train,
 )
-
-
-@contextmanager
-def counted_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
-    """Every collective of torch.distributed that Python code calls, with its size."""
-    calls: list[tuple[str, torch.dtype, int]] = []
-    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter")
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args[0].dtype, args[0].numel()))
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
-def parameters_of(model: nn.Module) -> Tensor:
-    whole = [
-        each.full_tensor() if isinstance(each, DTensor) else each for each in model.parameters()
-    ]
-    return torch.cat([each.detach().flatten() for each in whole])
 
 
 def check_ddp_equals_one_process(folder: Path) -> None:
@@ -148,19 +120,6 @@ def check_fsdp2_equals_ddp(folder: Path) -> None:
     parameters = parameters_of(net)
     assert equal_on_all_ranks(parameters)
     torch.testing.assert_close(parameters, parameters_of(ddp), rtol=1e-3, atol=1e-4)
-
-
-def noise_of(whole: Tensor, gradient: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A sharded gradient after a step that scales by 1, and the same without shards."""
-    results = []
-    for grad in (gradient, whole.clone()):
-        parameters = [nn.Parameter(torch.zeros_like(grad)), nn.Parameter(torch.zeros(2, 2))]
-        parameters[0].grad = grad
-        balancer = mmbal_fast.OGMGE({"a": [(name, parameters[0])], "b": parameters[1:]}, alpha=0.5)
-        equal = torch.zeros(4, 3)
-        balancer.step({"a": equal, "b": equal}, torch.zeros(4, dtype=torch.int64))
-        results.append(parameters[0].grad)
-    return results[0].full_tensor(), results[1]
 
 
 def check_noise_of_shards_is_that_of_the_whole(folder: Path) -> None:
@@ -270,6 +229,28 @@ def check_joins_at_the_first_step(folder: Path) -> None:
     assert balancer.seed == 10
     assert balancer._group is group
     balancer.check_in_sync()
+
+
+def check_saves_and_resumes(folder: Path) -> None:
+    """Bit for bit on as many ranks; what is saved here is loaded on one rank and on four."""
+    net = TwoEncoders()
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=2**63 + 5)
+    assert isinstance(balancer, Stateful)
+    train(DistributedDataParallel(net), balancer, range(5), share)
+    state = {"model": net.state_dict(), "balancer": balancer}
+    dcp.save(state, checkpoint_id=folder / "checkpoint")
+    if dist.get_rank() == 0:
+        torch.save({"balancer": balancer.state_dict()}, folder / "checkpoint.pt")
+    train(DistributedDataParallel(net), balancer, range(5, 10), share)
+    resumed = TwoEncoders(seed=1)
+    again = mmbal_fast.OGMGE(resumed.encoders(), alpha=0.5)
+    state = {"model": resumed.state_dict(), "balancer": again}
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    assert again.state_dict() == {"seed": 2**63 + 5, "step": 5, "enabled": True}
+    train(DistributedDataParallel(resumed), again, range(5, 10), share)
+    assert torch.equal(parameters_of(resumed), parameters_of(net))
+    if dist.get_rank() == 0:
+        torch.save(net.state_dict(), folder / "expected.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Checks for a single rank, run by torchrun: see test_torchrun.py."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import mmbal_fast
+from tests.distributed.checks import (
+    TwoEncoders,
+    batch_of,
+    counted_collectives,
+    parameters_of,
+    resume_and_compare,
+    run_checks,
+    share,
+    train,
+)
+
+
+def check_resumes_what_two_ranks_saved(folder: Path) -> None:
+    resume_and_compare(folder)
+
+
+def check_a_world_of_one_is_the_plain_process(folder: Path) -> None:
+    """Bit for bit, wrapped in anything, without a collective of its own."""
+    net = TwoEncoders()
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+    with counted_collectives() as calls:
+        train(net, balancer, range(5), batch_of)
+    assert calls == []
+    assert balancer._group is None
+    ddp, fsdp = TwoEncoders(), TwoEncoders()
+    train(
+        DistributedDataParallel(ddp), mmbal_fast.OGMGE(ddp.encoders(), alpha=0.5), range(5), share
+    )
+    assert torch.equal(parameters_of(ddp), parameters_of(net))
+    fully_shard(fsdp)
+    train(fsdp, mmbal_fast.OGMGE(fsdp.encoders(), alpha=0.5), range(5), share)
+    torch.testing.assert_close(parameters_of(fsdp), parameters_of(net))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    run_checks(globals())
