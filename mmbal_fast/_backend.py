@@ -36,6 +36,7 @@ native, why_not = _load()
 """The native module, or None and the reason."""
 
 _cuda_devices = native.cuda_device_count() if native is not None else 0
+_emulated = False  # the CUDA kernels run on host memory
 _workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
 if native is None and why_not != "MMBAL_DISABLE_NATIVE is set":
@@ -57,13 +58,14 @@ def runs(device: torch.device) -> ModuleType | None:
 @contextmanager
 def using(module: ModuleType | None) -> Iterator[None]:
     """Runs another build of the native module, or with None the reference. For tests."""
-    global native
-    before, native = native, module
+    global native, _emulated
+    before, native = (native, _emulated), module
+    _emulated = module is not None and module.build_info()["emulated"]
     _workspaces.clear()
     try:
         yield
     finally:
-        native = before
+        native, _emulated = before
         _workspaces.clear()
 
 
@@ -73,7 +75,7 @@ def workspace(nbytes: int, device_index: int) -> Tensor:
     Zero when it is made, and left by every kernel as the next one needs it. A graph under capture
     gets its own, because its zeroing runs only when the graph is replayed.
     """
-    if not torch.cuda.is_available():  # the emulated kernels run on host memory
+    if _emulated:
         device, key = torch.device("cpu"), (device_index, 0, False)
     else:
         device = torch.device("cuda", device_index)
