@@ -354,15 +354,24 @@ def test_any_integer_labels(blended, dtype: torch.dtype) -> None:
     )
 
 
-def test_heads_may_differ_in_dtype(blended) -> None:
-    half, full = heads((4, 3), count=2)
-    half = half.detach().bfloat16().requires_grad_()
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str
+)
+def test_heads_may_differ_in_dtype(blended, narrow: torch.dtype, wide: torch.dtype) -> None:
+    logits = [
+        each.detach().to(dtype).requires_grad_()
+        for each, dtype in zip(heads((4, 3), count=2), (narrow, wide), strict=True)
+    ]
     target = labels((4, 3), "index")
-    loss, per_head = blended([half, full], target, [0.5, 0.5])
-    wanted = torch.stack([F.cross_entropy(half.float(), target), F.cross_entropy(full, target)])
+    loss, per_head = blended(logits, target, [0.5, 0.5])
+    wanted = torch.stack([F.cross_entropy(each.to(wide), target) for each in logits])
     torch.testing.assert_close(per_head, wanted.detach())
     loss.backward()
-    assert gradient(half).dtype == torch.bfloat16
+    for each, dtype in zip(logits, (narrow, wide), strict=True):
+        assert gradient(each).dtype == dtype
+        exact = each.detach().double().requires_grad_()
+        (0.5 * F.cross_entropy(exact, target)).backward()
+        torch.testing.assert_close(gradient(each), gradient(exact).to(dtype), rtol=0.01, atol=1e-6)
 
 
 def test_head_that_needs_no_gradient_gets_none() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn import functional as F
 
 from mmbal_fast.methods import GradientBlending, HeadLosses, SuperEpoch
+
+if TYPE_CHECKING:
+    from tests.conftest import Backend
 
 NAN = math.nan
 HEADS = ("audio", "image", "fused")
@@ -65,6 +69,21 @@ def test_loss_passes_its_options_on() -> None:
     assert blending.last is not None
     torch.testing.assert_close(blending.last.losses, torch.stack(wanted).detach())
     assert blending.last.samples == 5
+
+
+def test_samples_that_count(backend: Backend) -> None:
+    blending = GradientBlending(HEADS)
+    maps = {name: torch.randn(2, 5, 3, device=backend.device) for name in HEADS}
+    target = torch.tensor([[0, -100, 4], [-100, -100, 1]], device=backend.device)
+    for labels, samples in (
+        (target, 3),
+        (torch.full_like(target, -100), 0),
+        (torch.rand(2, 5, 3, device=backend.device), 6),
+    ):
+        blending.loss(maps, labels)
+        assert blending.last is not None
+        assert blending.last.samples == samples
+        assert blending.last.samples.dtype == torch.int64
 
 
 def test_loss_compiles_without_a_graph_break() -> None:

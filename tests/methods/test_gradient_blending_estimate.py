@@ -169,7 +169,7 @@ class Run:
             # Draws from every generator matter to what is learned.
             noise = random.random() + np.random.rand() + torch.rand(())
             x = self.x[index] + 0.01 * noise
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=False)  # gradients change in place
             blending.loss(model({"audio": x, "image": x}), self.y[index]).backward()
             self.optimizer.step()
         self.scheduler.step()
