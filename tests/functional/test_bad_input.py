@@ -102,7 +102,7 @@ def test_no_tensor_at_all(native: Backend) -> None:
         pytest.raises(TypeError, match=r"^modulate_: gradient grads\[3\] must be.*\(got float\)$"),
     ):
         modulate_([*good, 0.5], k, [0] * 4)  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="^modulate_: grads must be a sequence of tensors$"):
+    with pytest.raises(TypeError, match=r"^modulate_: grads must be a sequence of tensors$"):
         modulate_(None, k, [0])  # type: ignore[arg-type]
 
 
@@ -194,11 +194,11 @@ def test_gradients_on_several_kinds_of_device(backend: Backend) -> None:
         pytest.skip("needs a GPU")
     here, there = torch.randn(5, device="cuda"), torch.randn(5)
     for k in (torch.tensor([0.5]), torch.tensor([0.5], device="cuda")):
-        with unchanged(here, there), pytest.raises(ValueError, match="cpu.*cuda|cuda.*cpu"):
+        with unchanged(here, there), pytest.raises(ValueError, match=r"cpu.*cuda|cuda.*cpu"):
             modulate_([here, there], k, [0, 0])
     with unchanged(here), pytest.raises(ValueError, match=r"\(got cpu and cuda:0\)"):
         modulate_([here], torch.tensor([0.5]), [0])
-    with unchanged(there), pytest.raises(ValueError, match="cpu.*cuda|cuda.*cpu"):
+    with unchanged(there), pytest.raises(ValueError, match=r"cpu.*cuda|cuda.*cpu"):
         modulate_([there], torch.tensor([0.5], device="cuda"), [0])
     rows = gradient_moments([here, there])
     assert rows[:, 0].tolist() == [5, 5]

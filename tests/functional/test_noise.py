@@ -260,7 +260,10 @@ def test_neighbours_are_uncorrelated(cpu: Backend) -> None:
 
 @pytest.mark.parametrize("other", [{"step": 1}, {"tensor_id": 1}, {"seed": 1}, {"offset": 2**34}])
 def test_streams_are_uncorrelated(cpu: Backend, other: dict[str, int]) -> None:
-    assert_uncorrelated(draw(2_000_000, cpu), draw(2_000_000, cpu, **other))
+    assert_uncorrelated(
+        draw(2_000_000, cpu),
+        draw(2_000_000, cpu, **other),  # type: ignore[arg-type]
+    )
 
 
 # --- errors
