@@ -248,13 +248,27 @@ __device__ __forceinline__ A block_sum(A x, A* shared) {
   return sum;
 }
 
+// Orders memory accesses before it with those after it, as all threads of the device see them.
+__device__ __forceinline__ void fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");  // __threadfence() is sequentially consistent
+#else
+  __threadfence();
+#endif
+}
+
+// How many threads came here before.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  fence();
+  return atomicAdd(counter, 1u);
+}
+
 // Whether the calling thread is the last of `count` that come here; what the others wrote before
 // is then visible. Leaves the counter at zero.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
-  __threadfence();
-  if (atomicAdd(counter, 1u) != count - 1) return false;
+  if (arrive(counter) != count - 1) return false;
   *counter = 0;
-  __threadfence();
+  fence();
   return true;
 }
 

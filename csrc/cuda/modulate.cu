@@ -113,10 +113,11 @@ __device__ __forceinline__ void scale(const Span<T>& span, float k, int32_t* sta
   if (status && finite != 0) atomicOr(status, kNonFiniteGradient);
 }
 
-template <class T>
+// Calls step_read() once no thread of the block will read the step any more.
+template <class T, class StepRead>
 __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const Settings& settings,
-                                                    float k, const NoiseKey& key,
-                                                    const double* row) {
+                                                    float k, const NoiseKey& key, const double* row,
+                                                    StepRead&& step_read) {
   using Compute = typename Element<T>::Compute;
   __shared__ double shared_amplitude;
   const Pieces<kGroup<T>> pieces(span);
@@ -132,6 +133,7 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const S
     if (settings.status && !is_finite(m2)) atomicOr(settings.status, kNonFiniteGradient);
   }
   __syncthreads();
+  step_read();
   const double amplitude = shared_amplitude;
   if (amplitude == 0) {
     if (k != 1) scale(span, k, settings.status);
@@ -176,26 +178,33 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const S
   }
 }
 
-template <class Application>
-__global__ __launch_bounds__(kThreads, 4) void apply_kernel(const Application __grid_constant__ a) {
+template <int kCapacity>
+__global__ __launch_bounds__(kThreads, 4) void apply_kernel(
+    const Application<kCapacity> __grid_constant__ a) {
   // Backwards: what was measured last is still in the second-level cache.
   const int chunk = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const int t = tensor_of_chunk(a.tensors, chunk);
   const Settings& settings = a.settings;
   const float k = usable_coefficient(settings.coefficients[a.tensors.modality[t]]);
+  // Early, so that the answer is there when the block ends.
+  uint32_t arrived = 0;
+  const auto step_read = [&] {
+    if (settings.advance && threadIdx.x == 0) arrived = arrive(settings.block_counter);
+  };
   with_type(static_cast<DType>(a.tensors.dtype[t]), [&](auto type) {
     using T = decltype(type);
     const auto span = span_of_chunk<T>(a.tensors.data[t], a.tensors.count[t], a.tensors.offset[t],
                                        chunk - a.tensors.begin[t]);
     if (settings.noise != 0) {
       scale_and_add_noise(span, settings, k, noise_key(settings.source, a.tensors.id[t]),
-                          settings.moments + 3 * int64_t{a.tensors.row[t]});
-    } else if (k != 1 || settings.status) {
-      scale(span, k, settings.status);
+                          settings.moments + 3 * int64_t{a.tensors.row[t]}, step_read);
+    } else {
+      step_read();
+      if (k != 1 || settings.status) scale(span, k, settings.status);
     }
   });
-  // Every thread has read the step before the barrier in scale_and_add_noise.
-  if (settings.advance && threadIdx.x == 0 && last_to_arrive(settings.block_counter, gridDim.x)) {
+  if (settings.advance && threadIdx.x == 0 && arrived == gridDim.x - 1) {
+    *settings.block_counter = 0;
     ++*settings.advance;
   }
 }
@@ -224,8 +233,8 @@ void modulate_all(const Gradient* gradient, const Gradient* end, const Modulatio
     gradient = application.tensors.fill(gradient, end, measured);
     settings.advance = gradient == end ? modulation.advance : nullptr;
     if (measured) launch_moments(application.tensors, workspace.rows, workspace, queue);
-    launch(apply_kernel<Application<kCapacity>>,
-           dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, queue, application);
+    launch(apply_kernel<kCapacity>, dim3(static_cast<unsigned>(application.tensors.chunks())),
+           kThreads, queue, application);
   }
 }
 

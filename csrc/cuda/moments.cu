@@ -7,16 +7,15 @@ namespace mmbal::cuda {
 namespace {
 
 template <int kCapacity>
-struct Job {
+struct Measurement {
   Tensors<kCapacity> tensors;
   double* out;         // [rows, 3]
   Partial* partials;   // [chunks]
   uint32_t* counters;  // [tensors]
 };
 
-// A thread's elements of a chunk. In registers, or, where they are too wide for that, in the
-// first-level cache.
-template <class T>
+// A thread's elements of a chunk, held in registers or read from the first-level cache each time.
+template <class T, bool kInRegisters>
 class Values {
  public:
   using Compute = typename Element<T>::Compute;
@@ -49,7 +48,7 @@ class Values {
  private:
   static constexpr int kPacket = Element<T>::kPacket;
   static constexpr int kPackets = kChunk / kThreads / kPacket;
-  static constexpr int kHeld = sizeof(T) < 8 ? kPackets : 1;
+  static constexpr int kHeld = kInRegisters ? kPackets : 1;
 
   __device__ __forceinline__ uint4 load(int j) const {
     const int at = pieces_.group_at(static_cast<int>(threadIdx.x) + j * kThreads);
@@ -62,10 +61,15 @@ class Values {
   Compute single_;
 };
 
+// What partial_from_shifted makes a Partial of.
+struct Shifted {
+  double pivot, sum, squares;
+};
+
 // Thread 0's result is the chunk's; returns whether it can be trusted, to all threads. A: the type
 // to add up in.
-template <class A, class T>
-__device__ __forceinline__ bool measure_in(const Values<T>& values, int count, Partial& result) {
+template <class A, class Values>
+__device__ __forceinline__ bool measure_in(const Values& values, int count, Shifted& result) {
   __shared__ A sums[kWarps];
   __shared__ A squares_of_warps[kWarps];
   A sum = 0;
@@ -88,49 +92,52 @@ __device__ __forceinline__ bool measure_in(const Values<T>& values, int count, P
   __syncthreads();
   int out_of_range = 0;
   if (threadIdx.x == 0) {
-    double total = 0;
-    double total_squares = 0;
+    result = {pivot, 0, 0};
     for (int warp = 0; warp < kWarps; ++warp) {
-      total += sums[warp];
-      total_squares += squares_of_warps[warp];
+      result.sum += sums[warp];
+      result.squares += squares_of_warps[warp];
     }
-    result = partial_from_shifted(pivot, total, total_squares, count);
-    out_of_range = sizeof(A) == 4 && squares_out_of_range(total_squares, count);
+    out_of_range = sizeof(A) == 4 && squares_out_of_range(result.squares, count);
   }
   return sizeof(A) == 8 || !__syncthreads_or(out_of_range);
 }
 
 template <class T>
-__device__ __forceinline__ Partial measure(const Span<T>& span) {
+__device__ __forceinline__ Shifted measure(const Span<T>& span) {
   using Compute = typename Element<T>::Compute;
-  const Values<T> values(span);
-  Partial result;
-  if (measure_in<Compute>(values, span.count, result)) return result;
+  Shifted result{};
+  if (sizeof(T) < 8) {
+    const Values<T, true> values(span);
+    if (measure_in<float>(values, span.count, result)) return result;
+  }
+  // Doubles, and what float32 has no range for: rare enough to give it no registers.
+  const Values<T, false> values(span);
   const Compute first = Element<T>::from(span.data[0]);
   bool same = first - first == 0;
   values.each([&](Compute x) { same &= x == first; });
-  if (__syncthreads_and(same)) return {first, 0.0};
+  if (__syncthreads_and(same)) return {first, 0, 0};
   measure_in<double>(values, span.count, result);
   return result;
 }
 
 // As mmbal::merge, by all threads of a block.
-__device__ __forceinline__ void merge_chunks(const Partial* chunks, int64_t count, double* out) {
+__device__ __forceinline__ void merge_chunks(const Partial* chunks, int total, int64_t count,
+                                             double* out) {
   __shared__ double sums[kWarps];
-  const int64_t total = (count + kChunk - 1) / kChunk;
   // Written by other blocks: past this multiprocessor's cache.
-  const auto load = [&](int64_t c) {
+  const auto load = [&](int c) {
     const double2 chunk = __ldcg(reinterpret_cast<const double2*>(chunks + c));
     return Partial{chunk.x, chunk.y};
   };
   double sum = 0;
   MMBAL_UNROLL_BY(4)
-  for (int64_t c = threadIdx.x; c < total; c += kThreads)
+  for (int c = static_cast<int>(threadIdx.x); c < total; c += kThreads) {
     sum += load(c).mean * chunk_size(count, c);
+  }
   const double mean = block_sum(sum, sums) / static_cast<double>(count);
   double m2 = 0;
   MMBAL_UNROLL_BY(4)
-  for (int64_t c = threadIdx.x; c < total; c += kThreads) {
+  for (int c = static_cast<int>(threadIdx.x); c < total; c += kThreads) {
     m2 += m2_about(load(c), mean, chunk_size(count, c));
   }
   m2 = block_sum(m2, sums);
@@ -141,24 +148,28 @@ __device__ __forceinline__ void merge_chunks(const Partial* chunks, int64_t coun
   }
 }
 
-template <class Job>
-__global__ __launch_bounds__(kThreads, 4) void moments_kernel(const Job __grid_constant__ job) {
+template <int kCapacity>
+__global__ __launch_bounds__(kThreads, 4) void moments_kernel(
+    const Measurement<kCapacity> __grid_constant__ job) {
   const int chunk = static_cast<int>(blockIdx.x);
   const int t = tensor_of_chunk(job.tensors, chunk);
   const int begin = job.tensors.begin[t];
+  const int total = job.tensors.begin[t + 1] - begin;
   const int64_t count = job.tensors.count[t];
-  __shared__ bool last;
+  Shifted shifted{};
   with_type(static_cast<DType>(job.tensors.dtype[t]), [&](auto type) {
-    const auto span = span_of_chunk<decltype(type)>(job.tensors.data[t], count, 0, chunk - begin);
-    const Partial partial = measure(span);
-    if (threadIdx.x == 0) job.partials[chunk] = partial;
+    using T = decltype(type);
+    shifted = measure(span_of_chunk<T>(job.tensors.data[t], count, 0, chunk - begin));
   });
+  __shared__ bool last;
   if (threadIdx.x == 0) {
-    last =
-        last_to_arrive(job.counters + t, static_cast<uint32_t>(job.tensors.begin[t + 1] - begin));
+    job.partials[chunk] = partial_from_shifted(shifted.pivot, shifted.sum, shifted.squares,
+                                               chunk_size(count, chunk - begin));
+    last = total == 1 || last_to_arrive(job.counters + t, static_cast<uint32_t>(total));
   }
   __syncthreads();
-  if (last) merge_chunks(job.partials + begin, count, job.out + 3 * int64_t{job.tensors.row[t]});
+  if (!last) return;
+  merge_chunks(job.partials + begin, total, count, job.out + 3 * int64_t{job.tensors.row[t]});
 }
 
 }  // namespace
@@ -166,9 +177,9 @@ __global__ __launch_bounds__(kThreads, 4) void moments_kernel(const Job __grid_c
 template <int kCapacity>
 void launch_moments(const Tensors<kCapacity>& tensors, double* out, const Workspace& workspace,
                     const Queue& queue) {
-  const Job<kCapacity> job{tensors, out, workspace.partials, workspace.tensor_counters};
-  launch(moments_kernel<Job<kCapacity>>, dim3(static_cast<unsigned>(tensors.chunks())), kThreads,
-         queue, job);
+  const Measurement<kCapacity> job{tensors, out, workspace.partials, workspace.tensor_counters};
+  launch(moments_kernel<kCapacity>, dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue,
+         job);
 }
 
 template void launch_moments(const Tensors<kFew>&, double*, const Workspace&, const Queue&);
