@@ -162,10 +162,12 @@ class ShardLayout:
             torch.tensor(rows, device=device),
         )
 
+    @torch.no_grad()
     def local_gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """This rank's elements of every gradient, which change with them."""
         return [_local(parameter) for parameter in parameters]
 
+    @torch.no_grad()
     def complete_(self, moments: Tensor) -> None:
         """Moments of local gradients become those of the whole tensors.
 
@@ -188,6 +190,7 @@ class ShardLayout:
             whole = torch.stack([count, mean, (squares - total * mean).clamp(min=0.0)], dim=1)
             moments[reduction.rows] = whole
 
+    @torch.no_grad()
     def split(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The pieces of local gradients, views of them."""
         pieces: list[Tensor | None] = []

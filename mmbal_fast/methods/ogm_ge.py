@@ -304,7 +304,6 @@ class OGMGE:
         self.last = self._record if scaler is None else self._scaled_record
         return self.last
 
-    @torch.no_grad()
     def _modulate(
         self,
         work: dist.Work | None,
@@ -332,7 +331,7 @@ class OGMGE:
         _modulate.apply_(
             grads if shards is None else shards.split(grads),
             Update(
-                coefficients=self._state[2],
+                coefficients=self._record.coefficients,
                 modality=self._modality,
                 noise=self.noise,
                 seed=self.seed,

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
@@ -94,9 +93,9 @@ def equal_on_all_ranks(tensor: Tensor) -> bool:
 
 
 def parameters_of(model: nn.Module) -> Tensor:
-    whole = [
-        each.full_tensor() if isinstance(each, DTensor) else each for each in model.parameters()
-    ]
+    """All parameters of a model, whole on every rank."""
+    parameters: list[Any] = list(model.parameters())
+    whole = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in parameters]
     return torch.cat([each.detach().flatten() for each in whole])
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,10 @@ def expected_of_ddp() -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_fsdp2_with_empty_shards_equals_ddp(folder: Path) -> None:
     parameters, coefficients = expected_of_ddp()
-    net = fully_shard(TwoEncoders())
-    assert 0 in [each.to_local().numel() for each in net.parameters()] or dist.get_rank() < 3
+    net = TwoEncoders()
+    fully_shard(net)
+    weight: Any = net.get_parameter("image.0.weight")
+    assert weight.to_local().numel() == (0 if dist.get_rank() == 3 else 18)  # 3 rows of 4
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
     found = train(net, balancer, range(10), share)
     torch.testing.assert_close(torch.stack(found), coefficients, rtol=1e-4, atol=1e-5)
@@ -61,7 +64,8 @@ def check_hybrid_sharding_equals_ddp(folder: Path) -> None:
     """Two replicas of two shards: moments are summed over the shards alone."""
     parameters, coefficients = expected_of_ddp()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    net = fully_shard(TwoEncoders(), mesh=mesh)
+    net = TwoEncoders()
+    fully_shard(net, mesh=mesh)
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
     found = train(net, balancer, range(10), share)
     torch.testing.assert_close(torch.stack(found), coefficients, rtol=1e-4, atol=1e-5)
@@ -94,7 +98,9 @@ def check_fsdp2_over_tensor_parallel_equals_one_process(folder: Path) -> None:
         fully_shard(module, mesh=mesh["data"])
     group = mesh["data"].get_group()
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, process_group=group)
-    assert any("_StridedShard" in repr(each.placements) for each in net.parameters())
+    assert any(
+        "_StridedShard" in repr(getattr(each, "placements", None)) for each in net.parameters()
+    )
     half = mesh["data"].get_local_rank()
 
     def batches(step: int):

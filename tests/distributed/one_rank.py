@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
@@ -42,6 +44,25 @@ def check_a_world_of_one_is_the_plain_process(folder: Path) -> None:
     fully_shard(fsdp)
     train(fsdp, mmbal_fast.OGMGE(fsdp.encoders(), alpha=0.5), range(5), share)
     torch.testing.assert_close(parameters_of(fsdp), parameters_of(net))
+
+
+def check_flat_parameters_are_refused(folder: Path) -> None:
+    for use_orig_params in (True, False):
+        flatten = partial(
+            FullyShardedDataParallel,
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+        )
+        for one_by_one in (True, False):
+            net = TwoEncoders()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if one_by_one:
+                    net.audio = flatten(net.audio)  # type: ignore[assignment]
+                else:
+                    flatten(net)
+            with pytest.raises(TypeError, match=r"'audio' must not be .*use .*fully_shard"):
+                mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -172,7 +173,8 @@ def check_communication_is_what_is_promised(folder: Path) -> None:
     with counted_collectives() as calls:
         train(model, balancer, range(3), share)
     assert calls == [("all_reduce", torch.float32, 2)] * 3
-    sharded = fully_shard(TwoEncoders())
+    sharded = TwoEncoders()
+    fully_shard(sharded)
     balancer = mmbal_fast.OGMGE(sharded.encoders(), alpha=0.5)
     tensors = len(balancer._names)
     assert tensors == 4
@@ -194,7 +196,8 @@ def check_moments_of_shards_do_not_cancel(folder: Path) -> None:
 
 
 def check_scaler_with_sharded_gradients(folder: Path) -> None:
-    sharded = fully_shard(TwoEncoders())
+    sharded = TwoEncoders()
+    fully_shard(sharded)
     balancer = mmbal_fast.OGMGE(sharded.encoders(), alpha=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.05)
@@ -204,7 +207,8 @@ def check_scaler_with_sharded_gradients(folder: Path) -> None:
         fused, logits = sharded(batch)
         scaler.scale(nn.functional.cross_entropy(fused, target)).backward()
         if step == 1 and dist.get_rank() == 1:  # a shard that one rank alone holds
-            next(sharded.parameters()).grad.to_local().view(-1)[-1] = torch.inf
+            shard: Any = next(sharded.parameters()).grad
+            shard.to_local().view(-1)[-1] = torch.inf
         before = parameters_of(sharded)
         record = balancer.step(logits, target, grad_scaler=scaler, optimizer=optimizer)
         assert bool(record.skipped) == (step == 1)
@@ -229,6 +233,22 @@ def check_joins_at_the_first_step(folder: Path) -> None:
     assert balancer.seed == 10
     assert balancer._group is group
     balancer.check_in_sync()
+
+
+def check_compiled_step_equals_eager(folder: Path) -> None:
+    """The scores' sum over the ranks is in the graph."""
+    nets = [TwoEncoders(), TwoEncoders()]
+    for net, compiled in zip(nets, (False, True), strict=True):
+        balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+        if compiled:
+            step = torch.compile(balancer.step, fullgraph=True, backend="eager")
+
+            def detached(logits: Any, target: Tensor, step: Any = step) -> Any:
+                return step({name: each.detach() for name, each in logits.items()}, target)
+
+            balancer.step = detached  # type: ignore[assignment, method-assign]
+        train(DistributedDataParallel(net), balancer, range(3), share)
+    assert torch.equal(parameters_of(nets[0]), parameters_of(nets[1]))
 
 
 def check_saves_and_resumes(folder: Path) -> None:

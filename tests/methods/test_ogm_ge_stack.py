@@ -258,15 +258,15 @@ def test_a_scaler_of_several_optimizers_skips_each_by_itself() -> None:
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
     balancer, scaler = net.balancer(), GradScaler("cpu", init_scale=SCALE)
     logits, target = backward(net, 0, scaler)
-    net.image[0].weight.grad[0, 0, 0, 0] = torch.inf
-    before = [part[0].weight.clone() for part in parts[:2]]
+    net.get_parameter("image.0.weight").grad[0, 0, 0, 0] = torch.inf
+    before = [net.get_parameter(f"{name}.0.weight").clone() for name in ("audio", "image")]
     record = balancer.step(logits, target, grad_scaler=scaler, optimizer=optimizers)
     assert record.skipped
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
-    assert not torch.equal(net.audio[0].weight, before[0])
-    assert torch.equal(net.image[0].weight, before[1])
+    assert not torch.equal(net.get_parameter("audio.0.weight"), before[0])
+    assert torch.equal(net.get_parameter("image.0.weight"), before[1])
     assert balancer.state_dict()["step"] == 0
 
 
@@ -429,14 +429,15 @@ def test_frozen_parameters_stay_and_come_back(set_to_none: bool) -> None:
     train(net, balancer, range(2), optimizer, set_to_none=set_to_none)
     optimizer.zero_grad(set_to_none=set_to_none)
     net.audio.requires_grad_(False)
-    before, other = [each.clone() for each in net.audio.parameters()], net.image[0].weight.clone()
+    before = [each.clone() for each in net.audio.parameters()]
+    other = net.get_parameter("image.0.weight").clone()
     train(net, balancer, range(2, 4), optimizer, set_to_none=set_to_none)
     assert all(torch.equal(*pair) for pair in zip(net.audio.parameters(), before, strict=True))
-    assert not torch.equal(net.image[0].weight, other)
+    assert not torch.equal(net.get_parameter("image.0.weight"), other)
     net.audio.requires_grad_(True)
     optimizer.zero_grad(set_to_none=set_to_none)
     logits, target = backward(net, 4)
-    grad = net.audio[0].weight.grad.clone()
+    grad = net.get_parameter("audio.0.weight").grad.clone()
     record = balancer.step(logits, target)
     noise = mmbal_fast.functional.noise_like(
         grad,
@@ -445,7 +446,7 @@ def test_frozen_parameters_stay_and_come_back(set_to_none: bool) -> None:
         tensor_id=balancer._tensor_ids[balancer._names.index("audio.0.weight")],
     )
     expected = record.coefficients[0] * grad + (grad.std() + 1e-8) * noise
-    torch.testing.assert_close(net.audio[0].weight.grad, expected)
+    torch.testing.assert_close(net.get_parameter("audio.0.weight").grad, expected)
 
 
 def test_new_parameters_take_part_after_refresh() -> None:
@@ -453,7 +454,7 @@ def test_new_parameters_take_part_after_refresh() -> None:
     balancer = net.balancer()
     ids = dict(zip(balancer._names, balancer._tensor_ids, strict=True))
     net.audio.append(nn.Linear(5, 5))
-    net.image[0].weight = nn.Parameter(net.image[0].weight.detach().clone())
+    net.image[0].weight = nn.Parameter(net.get_parameter("image.0.weight").detach().clone())
     logits, target = backward(net, 0)
     grads = {name: each.grad.clone() for name, each in net.named_parameters()}
 
@@ -480,9 +481,9 @@ def test_parameters_that_were_all_replaced_are_found_by_the_step() -> None:
             for name, parameter in list(module._parameters.items()):
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
     logits, target = backward(net, 0)
-    before = net.audio[0].weight.grad.clone()
+    before = net.get_parameter("audio.0.weight").grad.clone()
     balancer.step(logits, target)
-    assert not torch.equal(net.audio[0].weight.grad, before)
+    assert not torch.equal(net.get_parameter("audio.0.weight").grad, before)
 
 
 def test_wrappers_do_not_change_the_noise() -> None:
@@ -492,7 +493,8 @@ def test_wrappers_do_not_change_the_noise() -> None:
     }
     wrapped = nn.DataParallel(nets[1].image)
     plain = nets[0].balancer()
-    for encoders in (compiled, {"audio": nets[1].audio, "image": wrapped}):
+    cases: list[Any] = [compiled, {"audio": nets[1].audio, "image": wrapped}]
+    for encoders in cases:
         balancer = mmbal_fast.OGMGE(encoders, alpha=0.5)
         assert balancer._names == plain._names
         assert balancer._tensor_ids == plain._tensor_ids
@@ -507,7 +509,7 @@ def test_parameters_without_a_shape_yet_are_refused() -> None:
 @pytest.mark.parametrize("attribute", ["ds_id", "ds_tensor", "_hp_mapping"])
 def test_partitions_of_deepspeed_are_refused(attribute: str) -> None:
     net = Net()
-    setattr(net.image[0].weight, attribute, 0)
+    setattr(net.get_parameter("image.0.weight"), attribute, 0)
     with pytest.raises(TypeError, match=r"'image' must not be .*ZeRO; use .*fully_shard"):
         net.balancer()
 
