@@ -232,17 +232,18 @@ class AudioVisual(nn.Module):
 
 
 @torch.no_grad()
-def accuracies(model: AudioVisual, loader: DataLoader[object], device: torch.device) -> list[float]:
+def accuracies(model: AudioVisual, loader: DataLoader[Any], device: torch.device) -> list[float]:
     """In per cent: of the model, and of each modality alone."""
     model.eval()
-    correct = torch.zeros(3)
+    correct, count = [0, 0, 0], 0
     for batch in loader:
         sound, images, label = (each.to(device) for each in batch)
         fused, logits = model(sound, images)
         for row, each in enumerate((fused, *logits.values())):
-            correct[row] += (each.argmax(dim=1) == label).sum().cpu()
+            correct[row] += int((each.argmax(dim=1) == label).sum())
+        count += len(label)
     model.train()
-    return (100 * correct / len(loader.dataset)).tolist()  # type: ignore[arg-type]
+    return [100 * each / count for each in correct]
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, Any]:
     """Of the whole test set."""
-    return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean().item()}
+    logits: Any = prediction.predictions
+    return {"accuracy": (logits.argmax(-1) == prediction.label_ids).mean().item()}
 
 
 def main() -> None:
@@ -65,8 +66,9 @@ def main() -> None:
     set_seed(0)
     train, test = datasets()
     model = Classifier()
+    folder = "runs/transformers_digits"
     arguments = TrainingArguments(
-        output_dir="runs/transformers_digits",
+        output_dir=folder,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=64,
         learning_rate=0.01,
@@ -93,7 +95,7 @@ def main() -> None:
         print(f"test accuracy {percent:.1f} %")
         steps = len(history) // options.epochs
         print(f"coefficients in the last epoch: {coefficients(history, steps)}")
-        history.plot(Path(arguments.output_dir) / "modulation.png")
+        history.plot(Path(folder) / "modulation.png")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class BalancerCallback:
                 f"{type(self).__name__}: the module must hold its OGMGE as '{self._attribute}' "
                 f"(got a {type(module).__name__} with {balancer!r} there)"
             )
+        # The framework may have wrapped or sharded the module since the balancer was made.
+        balancer.refresh()
         self._balancer = balancer
         if self._saved:
             balancer.load_state_dict(self._saved)

@@ -251,3 +251,11 @@ def test_refuses_a_module_that_never_observes() -> None:
 def test_refuses_a_module_that_observes_in_validation() -> None:
     with pytest.raises(RuntimeError, match=r"observe must be called in training only"):
         fit(Module(observes_in_evaluation=True), OGMGECallback(), validate=True)
+
+
+def test_refuses_what_the_strategy_flattened() -> None:
+    module = Module()
+    weight = next(module.net.encoders.parameters())
+    weight._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 does
+    with pytest.raises(TypeError, match="must not be flattened by FullyShardedDataParallel"):
+        fit(module, OGMGECallback())

@@ -134,7 +134,7 @@ def test_logs_with_the_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert callback.history is not None
     table = callback.history.to_dict()
-    history = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    history = {int(row["step"]): row for row in trainer.state.log_history if "loss" in row}
     reported = {step: row for step, row in reporter.rows.items() if "loss" in row}
     assert list(history) == list(reported) == [3, 6]
     for rows in (history, reported):
@@ -207,3 +207,11 @@ def test_refuses_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.NOT_DISTRIBUTED)
     with pytest.raises(TypeError, match=r"must not run in nn\.DataParallel; start .* torchrun"):
         make_trainer(Net(), tmp_path, OGMGECallback()).train()
+
+
+def test_refuses_what_was_flattened(tmp_path: Path) -> None:
+    net = Net()
+    weight = next(net.encoders.parameters())
+    weight._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 does
+    with pytest.raises(TypeError, match="must not be flattened by FullyShardedDataParallel"):
+        make_trainer(net, tmp_path, OGMGECallback()).train()

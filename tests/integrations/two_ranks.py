@@ -17,10 +17,11 @@ PER_RANK = training.BATCH // 2
 
 
 def train_lightning(folder: Path) -> dict[str, Any]:
+    from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader, DistributedSampler
 
     from mmbal_fast.integrations.lightning import OGMGECallback
-    from tests.integrations.test_lightning import Module, Sink, Trainer
+    from tests.integrations.test_lightning import Module, Sink
 
     module, callback, sink = Module(), OGMGECallback(), Sink()
     trainer = Trainer(
@@ -38,7 +39,9 @@ def train_lightning(folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
     )
     data = training.Digits()
-    sampler = DistributedSampler(data, 2, int(os.environ["RANK"]), shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        data, 2, int(os.environ["RANK"]), shuffle=False
+    )
     trainer.fit(module, DataLoader(data, PER_RANK, sampler=sampler))
     return {
         "parameters": training.parameters(module.net),
