@@ -65,6 +65,17 @@ struct Derivation {
   Rule rule;
 };
 
+// Conditional learning speed: totals[g] += |gradients of g|^2 / |weights of g|^2, for all groups
+// or, where one of these is not finite, for none.
+struct Speeds {
+  const double* moments;     // [2, T, 3]: of T weights, then of their gradients
+  const double* membership;  // [G, T]: how often a tensor counts in a group
+  double* totals;            // [G]
+  int64_t groups, tensors;
+  const bool* active;  // where false nothing is added; may be null
+  bool* finite;        // written: whether all ratios are
+};
+
 // Cross-entropies of K heads for one target, and their weighted sum.
 struct CrossEntropy {
   const void* const* logits;  // K pointers to [rows, classes]
@@ -96,6 +107,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
 void noise(const Gradient& tensor, const NoiseSource& source, int threads);
 void scores(const Scores& scores, int threads);
 void derive(const Derivation& derivation);
+void accumulate_speeds(const Speeds& speeds);
 void cross_entropy(const CrossEntropy& args, int threads);
 void cross_entropy_backward(const CrossEntropy& args, int threads);
 
@@ -125,6 +137,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
 void noise(const Gradient& tensor, const NoiseSource& source, const Queue& queue);
 void scores(const Scores& scores, const Queue& queue);
 void derive(const Derivation& derivation, const Queue& queue);
+void accumulate_speeds(const Speeds& speeds, const Queue& queue);
 void cross_entropy(const CrossEntropy& args, const Queue& queue);
 void cross_entropy_backward(const CrossEntropy& args, const Queue& queue);
 void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]);

@@ -59,6 +59,11 @@ MMBAL_HD Moments merge(const Partial* chunks, int64_t count) {
   return {static_cast<double>(count), mean, m2};
 }
 
+// Sum of squares of the elements themselves.
+MMBAL_HD double squared_norm(double count, double mean, double m2) {
+  return m2 + count * mean * mean;
+}
+
 // Unbiased standard deviation; 0 for a single element (methods that add noise of this scale must
 // not blow up on scalars).
 MMBAL_HD double standard_deviation(double count, double m2) {

@@ -87,8 +87,7 @@ Gradients gather(const std::string& op, const Sequence& list, py::handle names) 
     }
     if (tensor.layout == Layout::kOverlapping) {
       throw std::runtime_error(name() + " must not share memory between its elements (got shape " +
-                               std::string(py::str(py::list(object.attr("shape")))) +
-                               ", strides " +
+                               std::string(py::str(py::list(object.attr("shape")))) + ", strides " +
                                std::string(py::str(object.attr("stride")())) + ")");
     }
     if (tensor.count == 0) continue;
@@ -122,7 +121,8 @@ void drop_repeated(Gradients& gradients, py::handle names) {
       if (before.modality != gradient.modality || before.count != gradient.count) {
         throw py::value_error(element_name("modulate_", names, static_cast<size_t>(gradient.row)) +
                               " must belong to one modality and not share memory with another (got "
-                              "modalities " + std::to_string(before.modality) + " and " +
+                              "modalities " +
+                              std::to_string(before.modality) + " and " +
                               std::to_string(gradient.modality) + ", sizes " +
                               std::to_string(before.count) + " and " +
                               std::to_string(gradient.count) + ")");
@@ -189,7 +189,8 @@ py::object moments(py::handle grads, py::handle out, py::handle names, int threa
   require_device(result, op + ": out", gradients.first, "the gradients");
   const auto count = static_cast<int64_t>(gradients.items.size());
   auto* rows = static_cast<double*>(result.data());
-  run(gradients.first, gradients_workspace(gradients), workspace,
+  run(
+      gradients.first, gradients_workspace(gradients), workspace,
       [&] { cpu::moments(gradients.items.data(), count, rows, threads); },
       [&](const cuda::Queue& queue) { cuda::moments(gradients.items.data(), count, rows, queue); });
   return py::none();
@@ -244,8 +245,9 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
   drop_repeated(gradients, names);
   require_device(k, op + ": coefficients", where, "the gradients");
   if (step_is_tensor) require_device(counter, op + ": step", where, "the gradients");
-  Modulation modulation{static_cast<const float*>(k.data()), noise, eps, source, nullptr, nullptr,
-                        advance ? counter_memory : nullptr, nullptr, nullptr};
+  Modulation modulation{
+      static_cast<const float*>(k.data()), noise,   eps,    source, nullptr, nullptr,
+      advance ? counter_memory : nullptr,  nullptr, nullptr};
   if (!given_moments.is_none()) {
     const View rows = checked(op + ": moments", given_moments, kDLFloat, 64);
     require_device(rows, op + ": moments", where, "the gradients");
@@ -270,9 +272,12 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
     modulation.found_inf = number("found_inf", found_inf);
   }
   const auto count = static_cast<int64_t>(gradients.items.size());
-  run(where, gradients_workspace(gradients), workspace,
+  run(
+      where, gradients_workspace(gradients), workspace,
       [&] { cpu::modulate(gradients.items.data(), count, modulation, threads); },
-      [&](const cuda::Queue& queue) { cuda::modulate(gradients.items.data(), count, modulation, queue); });
+      [&](const cuda::Queue& queue) {
+        cuda::modulate(gradients.items.data(), count, modulation, queue);
+      });
   return py::none();
 }
 
@@ -295,7 +300,8 @@ void noise(py::handle out, uint64_t seed, py::handle step, uint32_t tensor_id, i
     source.step_pointer = static_cast<const int64_t*>(counter.data());
   }
   if (tensor.count == 0) return;
-  run(tensor, 0, py::none(), [&] { cpu::noise(target, source, threads); },
+  run(
+      tensor, 0, py::none(), [&] { cpu::noise(target, source, threads); },
       [&](const cuda::Queue& queue) { cuda::noise(target, source, queue); });
 }
 
@@ -325,7 +331,8 @@ void scores(py::handle logits, py::handle target, int64_t ignore_index, py::hand
   const auto logits_view = [&](py::handle object, const char* what, DType* dtype) {
     const View tensor = view(object, [&] { return op + ": " + what; });
     if (!gradient_dtype(tensor.tensor.dtype, dtype)) {
-      throw py::type_error(op + ": " + what + " must be float32, float64, float16 or bfloat16 (got " +
+      throw py::type_error(op + ": " + what +
+                           " must be float32, float64, float16 or bfloat16 (got " +
                            dtype_name(object) + ")");
     }
     require_device(tensor, op + ": " + what, result, "the state");
@@ -337,9 +344,19 @@ void scores(py::handle logits, py::handle target, int64_t ignore_index, py::hand
     if (m == 0) first = tensor;
     rows[m] = tensor.data();
   }
-  Scores args{rows.data(), dtypes.data(), modalities, first.tensor.shape[0],
-              first.tensor.shape[1], nullptr, nullptr, ignore_index, accumulate,
-              static_cast<float*>(result.data()), alpha, static_cast<Rule>(rule), nullptr};
+  Scores args{rows.data(),
+              dtypes.data(),
+              modalities,
+              first.tensor.shape[0],
+              first.tensor.shape[1],
+              nullptr,
+              nullptr,
+              ignore_index,
+              accumulate,
+              static_cast<float*>(result.data()),
+              alpha,
+              static_cast<Rule>(rule),
+              nullptr};
   if (py::isinstance<py::tuple>(target)) {
     for (py::handle labels : target) {
       DType dtype;
@@ -353,7 +370,9 @@ void scores(py::handle logits, py::handle target, int64_t ignore_index, py::hand
     require_labels(op, labels, args.batch, args.classes, ignore_index);
   }
   args.status = optional_status(op, status, result);
-  run(result, cuda::scores_workspace_bytes(modalities, args.batch), workspace, [&] { cpu::scores(args, threads); },
+  run(
+      result, cuda::scores_workspace_bytes(modalities, args.batch), workspace,
+      [&] { cpu::scores(args, threads); },
       [&](const cuda::Queue& queue) { cuda::scores(args, queue); });
 }
 
@@ -361,7 +380,8 @@ void derive(py::handle state, bool ratios, float alpha, int rule) {
   const View memory = checked("discrepancy_ratios: state", state, kDLFloat, 32);
   const Derivation args{static_cast<float*>(memory.data()), memory.count / 3, ratios, alpha,
                         static_cast<Rule>(rule)};
-  run(memory, 0, py::none(), [&] { cpu::derive(args); },
+  run(
+      memory, 0, py::none(), [&] { cpu::derive(args); },
       [&](const cuda::Queue& queue) { cuda::derive(args, queue); });
 }
 
@@ -393,8 +413,8 @@ struct Heads {
 
 // What forward and backward have in common; `logits` must outlive it.
 CrossEntropy cross_entropy_arguments(const Heads& logits, const View& target, py::handle weights,
-                                     double smoothing, int64_t ignore_index,
-                                     py::handle normalizers, py::handle count) {
+                                     double smoothing, int64_t ignore_index, py::handle normalizers,
+                                     py::handle count) {
   const std::string op = "blended_cross_entropy: ";
   CrossEntropy args{};
   args.logits = logits.data.data();
@@ -420,18 +440,19 @@ CrossEntropy cross_entropy_arguments(const Heads& logits, const View& target, py
 }
 
 void cross_entropy(py::handle logits, py::handle target, py::handle weights, double smoothing,
-                   int64_t ignore_index, py::handle loss, py::handle losses,
-                   py::handle normalizers, py::handle count, int threads, py::handle workspace) {
+                   int64_t ignore_index, py::handle loss, py::handle losses, py::handle normalizers,
+                   py::handle count, int threads, py::handle workspace) {
   const std::string op = "blended_cross_entropy";
   const View labels = view(target, [&] { return op + ": target"; });
   const Heads heads(op + ": logits", logits, labels);
-  CrossEntropy args = cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index,
-                                              normalizers, count);
+  CrossEntropy args =
+      cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index, normalizers, count);
   const int bits = args.wide() ? 64 : 32;
   args.loss = checked(op + ": loss", loss, kDLFloat, bits).data();
   args.losses = checked(op + ": losses", losses, kDLFloat, bits).data();
   if (args.labels) require_labels(op, labels, args.rows, args.classes, ignore_index);
-  run(labels, cuda::cross_entropy_workspace_bytes(args.heads, args.rows), workspace,
+  run(
+      labels, cuda::cross_entropy_workspace_bytes(args.heads, args.rows), workspace,
       [&] { cpu::cross_entropy(args, threads); },
       [&](const cuda::Queue& queue) { cuda::cross_entropy(args, queue); });
 }
@@ -444,16 +465,50 @@ void cross_entropy_backward(py::handle grad, py::handle logits, py::handle targe
   const View labels = view(target, [&] { return op + ": target"; });
   const Heads heads(op + ": logits", logits, labels);
   const Heads results(op + ": gradients", grads, labels);
-  CrossEntropy args = cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index,
-                                              normalizers, count);
+  CrossEntropy args =
+      cross_entropy_arguments(heads, labels, weights, smoothing, ignore_index, normalizers, count);
   args.grad = checked(op + ": gradient of the loss", grad, kDLFloat, args.wide() ? 64 : 32).data();
   args.grads = results.data.data();
-  run(labels, 0, py::none(), [&] { cpu::cross_entropy_backward(args, threads); },
+  run(
+      labels, 0, py::none(), [&] { cpu::cross_entropy_backward(args, threads); },
       [&](const cuda::Queue& queue) { cuda::cross_entropy_backward(args, queue); });
 }
 
-std::vector<uint32_t> philox(const std::vector<uint32_t>& counter,
-                             const std::vector<uint32_t>& key, int rounds, bool on_cuda) {
+void accumulate_speeds(py::handle moments, py::handle membership, py::handle totals,
+                       py::handle active, py::handle finite) {
+  const std::string op = "learning speed";
+  const View rows = checked(op + ": moments", moments, kDLFloat, 64);
+  const View members = checked(op + ": membership", membership, kDLFloat, 64);
+  const View sums = checked(op + ": totals", totals, kDLFloat, 64);
+  const View flag = checked(op + ": finite", finite, kDLBool, 8);
+  for (const View* each : {&members, &sums, &flag}) {
+    require_device(*each, op + ": every tensor", rows, "the moments");
+  }
+  const int64_t tensors = sums.count ? members.count / sums.count : 0;
+  if (members.count != sums.count * tensors || rows.count != 6 * tensors) {
+    throw py::value_error(op + ": moments must be [2, T, 3] and membership [G, T] (got " +
+                          std::to_string(rows.count) + ", " + std::to_string(members.count) +
+                          " and " + std::to_string(sums.count) + " elements)");
+  }
+  Speeds args{static_cast<const double*>(rows.data()),
+              static_cast<const double*>(members.data()),
+              static_cast<double*>(sums.data()),
+              sums.count,
+              tensors,
+              nullptr,
+              static_cast<bool*>(flag.data())};
+  if (!active.is_none()) {
+    const View gate = checked(op + ": active", active, kDLBool, 8);
+    require_device(gate, op + ": active", rows, "the moments");
+    args.active = static_cast<const bool*>(gate.data());
+  }
+  run(
+      rows, 0, py::none(), [&] { cpu::accumulate_speeds(args); },
+      [&](const cuda::Queue& queue) { cuda::accumulate_speeds(args, queue); });
+}
+
+std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key,
+                             int rounds, bool on_cuda) {
   std::vector<uint32_t> words(4);
   if (counter.size() != 4 || key.size() != 2 || (rounds != 7 && rounds != 10)) {
     throw py::value_error("philox4x32: needs 4 counter words, 2 key words, 7 or 10 rounds");
@@ -510,6 +565,8 @@ PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   m.def("cross_entropy_backward", &cross_entropy_backward, "grad"_a, "logits"_a, "target"_a,
         "weights"_a, "smoothing"_a, "ignore_index"_a, "normalizers"_a, "count"_a, "grads"_a,
         "threads"_a);
+  m.def("accumulate_speeds_", &accumulate_speeds, "moments"_a, "membership"_a, "totals"_a,
+        "active"_a, "finite"_a);
   m.def("philox4x32", &philox, "counter"_a, "key"_a, "rounds"_a, "on_cuda"_a);
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return std::string(kernels().name); });

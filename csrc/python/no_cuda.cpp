@@ -20,6 +20,7 @@ void modulate(const Gradient*, int64_t, const Modulation&, const Queue&) { fail(
 void noise(const Gradient&, const NoiseSource&, const Queue&) { fail(); }
 void scores(const Scores&, const Queue&) { fail(); }
 void derive(const Derivation&, const Queue&) { fail(); }
+void accumulate_speeds(const Speeds&, const Queue&) { fail(); }
 void cross_entropy(const CrossEntropy&, const Queue&) { fail(); }
 void cross_entropy_backward(const CrossEntropy&, const Queue&) { fail(); }
 void philox(const uint32_t*, const uint32_t*, int, uint32_t*) { fail(); }

@@ -52,16 +52,26 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
 
 @torch.no_grad()
 def gradient_moments_eager(
-    grads: Sequence[Tensor | None], names: Sequence[str] | None = None
+    grads: Sequence[Tensor | None],
+    names: Sequence[str] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`gradient_moments`; errors call the gradients by ``names``."""
+    """`gradient_moments`; errors call the gradients by ``names``.
+
+    ``out`` is written and returned if it can be, and may hold anything.
+    """
     op = "gradient_moments"
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
     native = _backend.runs(device)
     if native is None:
         _checks.gradients(op, grads, names)
         return reference.gradient_moments(grads)
-    moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
+    if out is None:
+        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
+    else:
+        moments = out
+        if any(grad is None or grad.numel() == 0 for grad in grads):
+            moments.zero_()
     unfit = native.moments(grads, moments, names, torch.get_num_threads(), _backend.workspace)
     if unfit is None:
         return moments

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.functional import squared_norms
+from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.functional._norms import accumulate_speeds_
 from mmbal_fast.methods._greedy_model import (
     Parameters,
     find_mmtms,
@@ -105,20 +106,17 @@ class ConditionalLearningSpeed:
         self.process_group = process_group
         self._parameters = list(members)
         self._sharded = any(hasattr(parameter, "to_local") for parameter in members)
-        # Parameters in the same groups and equally replicated are summed as one class.
-        classes: dict[tuple[tuple[int, ...], float], int] = {}
-        self._classes = [
-            classes.setdefault((tuple(sharers), self._weight(parameter)), len(classes))
-            for parameter, sharers in members.items()
-        ]
-        membership = torch.zeros(len(labels), len(classes), dtype=torch.float64)
-        for (sharing, weight), column in classes.items():
-            membership[list(sharing), column] = weight
+        membership = torch.zeros(len(labels), len(members), dtype=torch.float64)
+        for column, (parameter, rows) in enumerate(members.items()):
+            membership[rows, column] = self._weight(parameter)
         device = self._parameters[0].device
         self._membership = membership.to(device)
         self._totals = torch.zeros(2, len(main), dtype=torch.float64, device=device)
-        norms = self._squared_norms(self._parameters)
-        for label, norm in zip(labels, norms.flatten().tolist(), strict=True):
+        # Kept, so that a step allocates nothing.
+        self._moments = torch.zeros(2, len(members), 3, dtype=torch.float64, device=device)
+        weights = self._measure(self._parameters)[0]
+        norms = torch.where(membership > 0, membership * _squared_norm(weights).cpu(), 0.0).sum(1)
+        for label, norm in zip(labels, norms.tolist(), strict=True):
             if not (math.isfinite(norm) and norm > 0):
                 raise ValueError(
                     f"{op}: the weights of {label} must have a squared norm that is finite and "
@@ -191,12 +189,8 @@ class ConditionalLearningSpeed:
                 "ConditionalLearningSpeed.update: call it between backward and zero_grad "
                 f"(got no gradient on {len(gradients)} parameters)"
             )
-        weight, gradient = self._squared_norms(self._parameters, gradients).unbind(1)
-        mu = (gradient / weight).view(2, -1)
-        finite = torch.isfinite(mu).all()
-        add = finite if active is None else finite & active
-        self._totals.copy_(torch.where(add, self._totals + mu, self._totals))
-        return finite
+        moments = self._measure(gradients)
+        return accumulate_speeds_(moments, self._membership, self._totals.view(-1), active)
 
     @property
     def speed(self) -> Tensor:
@@ -248,19 +242,19 @@ class ConditionalLearningSpeed:
         shards: int = math.prod(mesh.size(dim) for dim in sharded)
         return shards / self.process_group.size()
 
-    def _squared_norms(self, *columns: list[Tensor] | list[Tensor | None]) -> Tensor:
-        """``[2 M, columns]``: rows bypass of each branch, then main of each branch."""
-        count = self._membership.shape[1]
-        tensors: list[Any] = [tensor for column in columns for tensor in column]
+    def _measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Moments of the weights and of the gradients, ``[2, T, 3]``, of all ranks together."""
+        tensors: list[Any] = [*self._parameters, *gradients]
         if self._sharded:
             tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        norms = squared_norms(
-            tensors,
-            [each + offset * count for offset in range(len(columns)) for each in self._classes],
-            num_groups=count * len(columns),
-        )
+        moments = gradient_moments_eager(tensors, out=self._moments.view(-1, 3))
         if self.process_group is not None:
+            norms = _squared_norm(moments)
             dist.all_reduce(norms, group=self.process_group)
-        weights = self._membership.unsqueeze(1)
-        # Not a matrix product: 0 * inf would spoil the groups that a parameter is not in.
-        return torch.where(weights > 0, weights * norms.view(-1, count), 0.0).sum(2)
+            moments = torch.nn.functional.pad(norms.unsqueeze(1), (2, 0))  # rows (0, 0, norm)
+        return moments.view_as(self._moments)
+
+
+def _squared_norm(moments: Tensor) -> Tensor:
+    count, mean, m2 = moments.unbind(-1)
+    return m2 + count * mean.square()

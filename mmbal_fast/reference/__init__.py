@@ -8,7 +8,7 @@ from mmbal_fast.reference._blending import (
     overfitting_to_generalization_ratio,
 )
 from mmbal_fast.reference._noise import noise_like
-from mmbal_fast.reference._norms import squared_norms
+from mmbal_fast.reference._norms import accumulate_speeds_, squared_norms
 from mmbal_fast.reference._ogm import (
     Rule,
     contribution_scores,
@@ -20,6 +20,7 @@ from mmbal_fast.reference._ogm import (
 
 __all__ = [
     "Rule",
+    "accumulate_speeds_",
     "blended_cross_entropy",
     "blending_weights",
     "contribution_scores",

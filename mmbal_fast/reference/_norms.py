@@ -42,3 +42,31 @@ def squared_norms(
             parts[group].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack([torch.stack(part).sum() if part else zero for part in parts])
+
+
+@torch.no_grad()
+def accumulate_speeds_(
+    moments: Tensor, membership: Tensor, totals: Tensor, active: Tensor | None
+) -> Tensor:
+    """Adds ``|gradients|^2 / |weights|^2`` of each group to its total, where all are finite.
+
+    Args:
+        moments: float64 ``[2, T, 3]``, rows ``(count, mean, M2)`` of T weights, and of their
+            gradients.
+        membership: float64 ``[G, T]``, how often a tensor counts in a group; 0 is not at all.
+        totals: float64 ``[G]``, written in place.
+        active: bool ``[]`` or None; where false nothing is added.
+
+    Returns:
+        bool ``[]``: whether all ratios are finite.
+    """
+    count, mean, m2 = moments.unbind(2)
+    norms = m2 + count * mean.square()
+    chosen = membership.unsqueeze(1)
+    # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
+    weights, gradients = torch.where(chosen > 0, chosen * norms, 0.0).sum(2).unbind(1)
+    ratios = gradients / weights
+    finite = ratios.isfinite().all()
+    add = finite if active is None else finite & active
+    totals.copy_(torch.where(add, totals + ratios, totals))
+    return finite
