@@ -56,9 +56,8 @@ def run(program: str, *options: str, **environment: str) -> subprocess.Completed
 
 
 def test_native_code_runs_without_a_word(cpu: Backend) -> None:
-    for value in ("", "0"):
-        result = run(USE, "-Werror", MMBAL_DISABLE_NATIVE=value)
-        assert (result.returncode, result.stdout, result.stderr) == (0, "None\n", "")
+    result = run(USE, "-Werror", MMBAL_DISABLE_NATIVE="0")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "None\n", "")
 
 
 def test_reference_runs_without_a_word_where_it_is_asked_for() -> None:
