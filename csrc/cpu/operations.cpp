@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "math/convert.h"
 #include "math/speed.h"
 
 namespace mmbal::cpu {
@@ -81,6 +82,12 @@ void measure(const Gradient* gradients, int64_t count, const std::vector<Chunk>&
   }
 }
 
+double largest_of(DType dtype) {
+  constexpr double kLargestOf[kDTypes] = {kLargest<float>, kLargest<double>, kLargest<Half>,
+                                          kLargest<BFloat16>};
+  return kLargestOf[static_cast<int>(dtype)];
+}
+
 uint32_t low_word(const NoiseSource& source) {
   return static_cast<uint32_t>(source.step_pointer ? *source.step_pointer : source.step);
 }
@@ -122,13 +129,13 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
     if (measured) {
       measure(wave, end - begin, memory.chunks, useful, memory.partials, memory.moments, unscale);
     }
-    const auto amplitude = [&](int64_t g) {
+    const auto amplitude = [&](int64_t g, double k) {
       if (!noisy) return 0.0;
       const double* given = modulation.moments + 3 * wave[g].row;
-      const double n = measured ? memory.moments[g].count : given[0];
-      const double m2 = measured ? memory.moments[g].m2 : given[2];
-      if (!is_finite(m2)) finite = false;
-      return noise_amplitude(n, m2, modulation.noise, modulation.eps);
+      const Moments tensor = measured ? memory.moments[g] : Moments{given[0], given[1], given[2]};
+      if (!is_finite(tensor.m2)) finite = false;
+      return noise_amplitude(tensor, k, modulation.noise, modulation.eps,
+                             largest_of(wave[g].dtype));
     };
     // Backwards, so that what was measured last is updated while it is still in cache.
     const auto total = static_cast<int64_t>(memory.chunks.size());
@@ -140,7 +147,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
       if (!measured) unscale(gradient.dtype, part);
       const double k = usable_coefficient(modulation.coefficients[gradient.modality]);
       const int dtype = static_cast<int>(gradient.dtype);
-      const double scale = amplitude(chunk.gradient);
+      const double scale = amplitude(chunk.gradient, k);
       if (scale != 0) {
         table.scale_and_add_noise[dtype](
             part.data, part.count, k, scale, {modulation.source.seed, step, gradient.id},

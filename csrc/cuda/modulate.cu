@@ -122,15 +122,14 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const S
   __shared__ double shared_amplitude;
   const Pieces<kGroup<T>> pieces(span);
   const int thread = static_cast<int>(threadIdx.x);
-  const double count = row[0];
-  const double m2 = row[2];
+  const Moments moments{row[0], row[1], row[2]};
   // Whether blocks of noise begin where groups do.
   const bool in_step = ((span.index + static_cast<uint64_t>(pieces.head)) & 3) == 0;
   Walk<T> walk(span, pieces);
   if (in_step) walk.load();
   if (thread == 0) {  // while the loads are on their way
-    shared_amplitude = noise_amplitude(count, m2, settings.noise, settings.eps);
-    if (settings.status && !is_finite(m2)) atomicOr(settings.status, kNonFiniteGradient);
+    shared_amplitude = noise_amplitude(moments, k, settings.noise, settings.eps, kLargest<T>);
+    if (settings.status && !is_finite(moments.m2)) atomicOr(settings.status, kNonFiniteGradient);
   }
   __syncthreads();
   step_read();

@@ -17,7 +17,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-MMBAL_HD float to_float(BFloat16 x) { return Scalar::from_bits(static_cast<uint32_t>(x.bits) << 16); }
+MMBAL_HD float to_float(BFloat16 x) {
+  return Scalar::from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
 
 MMBAL_HD BFloat16 to_bfloat16(float x) {
   const uint32_t u = Scalar::bits(x);
@@ -59,6 +61,14 @@ MMBAL_HD Half to_half(float x) {
 
 // Largest finite float16; results saturate there when the gradient itself was finite.
 constexpr float kHalfMax = 65504.0f;
+
+// What results must stay below: the largest value of a type. Half saturates instead.
+template <class T>
+constexpr double kLargest = 1.7976931348623157e308;
+template <>
+constexpr double kLargest<float> = 3.4028234663852886e38;
+template <>
+constexpr double kLargest<BFloat16> = 3.3895313892515355e38;
 
 // That for two packed float16: `after` with infinities made kHalfMax where `before` was finite.
 MMBAL_HD uint32_t saturate_halves(uint32_t before, uint32_t after) {

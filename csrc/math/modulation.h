@@ -34,11 +34,15 @@ MMBAL_HD float modulation_coefficient(float ratio, float alpha, Rule rule) {
   return k > 0 ? k : 0;
 }
 
-// Scale of the added noise. A tensor that holds NaN or Inf gets none, so that its finite elements
-// stay finite.
-MMBAL_HD double noise_amplitude(double count, double m2, double noise, double eps) {
-  const double std = standard_deviation(count, m2);
-  return is_finite(std) ? noise * (std + eps) : 0.0;
+// Scale of the noise added to a tensor that is scaled by k. A tensor that holds NaN or Inf gets
+// none, and neither does one that could come near `largest`, its type's largest value: finite
+// elements stay finite. (Half saturates instead: its range is too small to stay away from.)
+MMBAL_HD double noise_amplitude(const Moments& tensor, double k, double noise, double eps,
+                                double largest) {
+  const double amplitude = noise * (standard_deviation(tensor.count, tensor.m2) + eps);
+  // No element is farther from the mean than sqrt(M2), no normal beyond 6.8.
+  const double element = std::fabs(tensor.mean) + std::sqrt(tensor.m2);
+  return std::fabs(k) * element + 6.8 * amplitude <= largest ? amplitude : 0.0;
 }
 
 // A coefficient that is NaN throttles nothing.

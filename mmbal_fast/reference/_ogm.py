@@ -197,22 +197,22 @@ def modulate_(
         >>> audio, image
         (tensor([0.2500, 0.2500]), tensor([1., 1.]))
     """
-    amplitudes = None
-    if noise != 0:
-        amplitudes = noise * _noise_std(
-            gradient_moments(grads) if moments is None else moments, eps
-        )
+    if noise != 0 and moments is None:
+        moments = gradient_moments(grads)
     for index, grad in enumerate(grads):
         if grad is None:
             continue
         dtype = _compute_dtype(grad)
         values = flat(grad)
-        scale = _nan_to_one(coefficients[modality[index]]).to(grad.device, dtype)
+        coefficient = _nan_to_one(coefficients[modality[index]])
+        scale = coefficient.to(grad.device, dtype)
+        if noise != 0:
+            amplitude = _noise_amplitude(moments[index], coefficient, noise, eps, grad.dtype)
         for piece in chunks(grad.numel()):
             old = values[piece]
             new = old.to(dtype) * scale
-            if amplitudes is not None:
-                new = new + amplitudes[index].to(grad.device, dtype) * normals(
+            if noise != 0:
+                new = new + amplitude.to(grad.device, dtype) * normals(
                     piece.start + (0 if offsets is None else offsets[index]),
                     piece.stop - piece.start,
                     seed=seed,
@@ -227,11 +227,18 @@ def modulate_(
             grad.copy_(values.view(grad.shape))
 
 
-def _noise_std(moments: Tensor, eps: float) -> Tensor:
-    count, mean, m2 = moments.unbind(dim=1)
+def _noise_amplitude(
+    moments: Tensor, coefficient: Tensor, noise: float, eps: float, dtype: torch.dtype
+) -> Tensor:
+    count, mean, m2 = moments.unbind()
     std = (m2 / (count - 1.0)).sqrt().masked_fill(count <= 1.0, 0.0)
-    # Added to a gradient with NaN or inf, any other amplitude would spoil its finite elements.
-    return torch.where(mean.isfinite() & m2.isfinite(), std + eps, 0.0)
+    amplitude = noise * (std + eps)
+    # No element is farther from the mean than sqrt(M2), no normal beyond 6.8. Without noise where
+    # that is more than the type holds: finite elements stay finite. Float16 saturates instead.
+    element = mean.abs() + m2.sqrt()
+    largest = torch.finfo(torch.float64 if dtype == torch.float16 else dtype).max
+    reach = coefficient.to(element).abs() * element + 6.8 * amplitude
+    return torch.where(reach <= largest, amplitude, 0.0)
 
 
 def _nan_to_one(values: Tensor) -> Tensor:

@@ -352,6 +352,26 @@ def test_autocast_to_bfloat16() -> None:
         torch.testing.assert_close(other.grad, one.grad, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("noise", [1.0, 1e30])
+def test_modulation_makes_nothing_infinite_that_was_finite(
+    backend: Any, dtype: torch.dtype, noise: float
+) -> None:
+    largest = torch.finfo(dtype).max
+    alternating = torch.tensor([largest, -largest] * 50, dtype=dtype, device=backend.device)
+    outlier = torch.zeros(5000, dtype=dtype, device=backend.device)
+    outlier[17] = largest
+    near = torch.full((300,), largest / 3, dtype=dtype, device=backend.device)
+    near[::2] /= 2
+    grads = [alternating, outlier, near]
+    modest = torch.randn(100).to(alternating)
+    before = modest.clone()
+    coefficients = torch.tensor([1.0, 0.5], device=backend.device)
+    mmbal_fast.functional.modulate_([*grads, modest], coefficients, [0, 1, 0, 1], noise=noise)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not torch.equal(modest, before / 2)  # noise as ever
+
+
 # --------------------------------------------------------------------- the rest of the training
 
 
