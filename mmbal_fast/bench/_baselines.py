@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ def published_coefficients(
     Returns:
         The two scores and the two coefficients.
     """
-    scores = []
-    for each in logits:
-        probability = torch.softmax(each, dim=1)
-        scores.append(torch.stack([probability[i][target[i]] for i in range(len(target))]).sum())
+    first, second = logits
+    # Softmax anew for every sample, as released.
+    scores: list[Any] = [
+        sum(torch.softmax(each, dim=1)[i][target[i]] for i in range(len(target)))
+        for each in (first, second)
+    ]
     ratio = scores[0] / scores[1]
     coefficients = [1.0, 1.0]
     if ratio > 1:

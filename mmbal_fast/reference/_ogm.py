@@ -206,7 +206,7 @@ def modulate_(
         values = flat(grad)
         coefficient = _nan_to_one(coefficients[modality[index]])
         scale = coefficient.to(grad.device, dtype)
-        if noise != 0:
+        if moments is not None and noise != 0:
             amplitude = _noise_amplitude(moments[index], coefficient, noise, eps, grad.dtype)
         for piece in chunks(grad.numel()):
             old = values[piece]

@@ -1,0 +1,123 @@
+"""The baselines that are timed compute what they should, and the command writes what it says."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+
+import pytest
+import torch
+
+from mmbal_fast import functional
+from mmbal_fast.bench import Case, _baselines, main
+from mmbal_fast.bench._measure import Provider, Timing, count, interleaved
+from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, step
+from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
+
+CPU = torch.device("cpu")
+
+
+def test_baselines_agree_on_the_coefficients():
+    logits, target = Scoring(2, 32, 6).make(torch.float32, CPU)
+    logits[1] *= 3
+    for order in (logits, logits[::-1]):
+        scores = functional.contribution_scores(order, target)
+        ours = functional.modulation_coefficients(functional.discrepancy_ratios(scores), 0.3)
+        found, published = _baselines.published_coefficients(order, target, 0.3)
+        assert found == pytest.approx(scores.tolist(), rel=1e-5)
+        assert published == pytest.approx(ours.tolist(), rel=1e-5)
+        plain = _baselines.plain_coefficients(order, target, 0.3)
+        torch.testing.assert_close(plain, ours)
+        assert min(published) < 1 == max(published)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_baselines_update_alike(noise):
+    torch.manual_seed(0)
+    before = [torch.randn(60, 70) * scale + 1 for scale in (1.0, 5.0)]
+    results = {}
+    for name in ("ours", "published", "plain"):
+        grads = [grad.clone() for grad in before]
+        if name == "ours":
+            functional.modulate_(grads, torch.tensor([0.25, 1.0]), [0, 1], noise=float(noise))
+        elif name == "published":
+            _baselines.published_update_(grads, [0.25, 1.0], [0, 1], noise)
+        else:
+            _baselines.plain_update_(grads, torch.tensor([0.25, 1.0]), [0, 1], noise)
+        results[name] = grads
+    for grads in results.values():
+        for grad, old, k in zip(grads, before, (0.25, 1.0), strict=True):
+            residual = grad - k * old
+            if noise:
+                assert residual.std().item() == pytest.approx(old.std().item(), rel=0.05)
+                assert abs(residual.mean().item()) < 0.05 * old.std().item()
+            else:
+                torch.testing.assert_close(grad, k * old)
+
+
+def test_workloads_have_the_sizes_they_are_known_by():
+    assert len(GRADIENTS["av-resnet18"].modality) == 40
+    assert GRADIENTS["av-resnet18"].elements == pytest.approx(22.3e6, rel=0.01)
+    assert GRADIENTS["vit-b-pair"].elements == pytest.approx(172e6, rel=0.01)
+    assert len(GRADIENTS["many"].modality) == 1000
+    assert {(each.modalities, each.classes) for each in SCORING} >= {(2, 6), (3, 310), (8, 21000)}
+
+
+def test_a_step_of_ours_reads_nothing_and_starts_two_kernels():
+    small = Gradients("small", (((8, 8),) * 5, ((8, 8),) * 5))
+    providers = {each.name: each for each in step(small, torch.float32, CPU, True, False)}
+    providers[OURS].restore()
+    for _ in range(2):  # the first call makes what later ones keep
+        counts = count(providers[OURS].run)
+    assert (counts.launches, counts.synchronisations, counts.extra_bytes) == (2, 0, 0)
+    published = count(providers[PUBLISHED].run)
+    assert published.synchronisations > 10 * 1 + 2 * 64
+    assert count(providers[PLAIN].run).synchronisations == 0
+
+
+def test_counts_memory_that_is_held_at_once():
+    def run():
+        first = torch.ones(1000)
+        del first
+        second = torch.ones(500)
+        return second + 1
+
+    assert count(run).extra_bytes == 4000
+
+
+def test_providers_take_turns():
+    calls: list[str] = []
+    providers = [Provider(name, partial(calls.append, name)) for name in ("a", "b")]
+    timings = interleaved(providers, CPU, seconds=0.0)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 5
+    assert {len(each.seconds) for each in timings.values()} == {5}
+    assert Timing([1.0, 2.0, 3.0, 4.0, 5.0]).quantile(0.2) == pytest.approx(1.8)
+
+
+def test_least_bytes():
+    work = Gradients("small", (((8,),), ((8,),)))
+    assert Case(work, torch.float32).least_bytes == 16 * 4 * 2
+    assert Case(work, torch.bfloat16, part="moments").least_bytes == 16 * 2
+    assert Case(Scoring(3, 2, 5), torch.float32).least_bytes == 30 * 4
+
+
+def test_command_writes_table_csv_and_picture(tmp_path, capsys):
+    assert main(["--quick", "--only", "tiny", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny float32 noise" in printed
+    (table,) = tmp_path.glob("*.csv")
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {row["provider"] for row in rows} == {"mmbal_fast", "published", "plain", "floor"}
+    for row in rows:
+        assert float(row["median_ms"]) > 0
+        assert row["machine"]
+        assert row["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--only", "nothing like it"]])
+def test_command_refuses(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", *arguments])
+    assert arguments[1] in capsys.readouterr().err
