@@ -44,9 +44,9 @@ class BalancerCallback:
         # The framework may have wrapped or sharded the module since the balancer was made.
         balancer.refresh()
         self._balancer = balancer
-        if self._saved:
-            balancer.load_state_dict(self._saved)
-            self._saved = {}
+        # Also where there is nothing to load: it forgets what a forward pass by hand observed.
+        balancer.load_state_dict(self._saved or balancer.state_dict())
+        self._saved = {}
         if self.history is None or self.history.names != balancer.modality_names:
             self.history = ModulationHistory(balancer.modality_names)
 

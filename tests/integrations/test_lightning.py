@@ -104,6 +104,15 @@ def test_trains_as_the_plain_loop(options: dict[str, Any], plain: dict[str, Any]
     assert torch.equal(training.parameters(module.net), training.parameters(net))
 
 
+def test_forgets_what_was_observed_before_training() -> None:
+    module, callback = Module(), OGMGECallback()
+    module.net(**Digits()[torch.arange(9)])  # by hand, to see that it runs
+    fit(module, callback, validate=True)
+    net = Net()
+    training.train_plainly(net)
+    assert torch.equal(training.parameters(module.net), training.parameters(net))
+
+
 def test_modulates_at_all() -> None:
     # The tests against the plain loop would pass with a balancer that does nothing.
     module, callback = Module(), OGMGECallback()

@@ -24,7 +24,7 @@ class Digits(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | Tensor) -> dict[str, Tensor]:
         samples = self.samples
         return {
             "gray": samples.gray[index],
