@@ -43,7 +43,8 @@ MMBAL_HD void cos_sin_turn(typename V::U word, typename V::F& cosine, typename V
   using U = typename V::U;
   // Nearest quarter turn in the top two bits of `turned`; the rest, in [-1/8, 1/8) turns, exactly.
   const U turned = word + V::splat(0x20000000u);
-  const F t = V::fma(V::from_signed(word << 2), V::splat(0x1.921fb6p-32f), V::splat(0x1.921fb6p-31f));
+  const F t =
+      V::fma(V::from_signed(word << 2), V::splat(0x1.921fb6p-32f), V::splat(0x1.921fb6p-31f));
   const F z = t * t;
   F s = V::fma(V::splat(-0.000195172994f), z, V::splat(0.008332178f));
   s = V::fma(s, z, V::splat(-0.166666552f));

@@ -38,7 +38,6 @@ struct View {
   }
 };
 
-
 // Views any plain torch tensor. Throws TypeError for what has no memory of its own to write to:
 // no tensor, a subclass such as DTensor, a sparse or meta tensor. `name` is called for errors only.
 template <class Name>

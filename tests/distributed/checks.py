@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
@@ -94,9 +95,12 @@ def equal_on_all_ranks(tensor: Tensor) -> bool:
 
 def parameters_of(model: nn.Module) -> Tensor:
     """All parameters of a model, whole on every rank."""
-    parameters: list[Any] = list(model.parameters())
-    whole = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in parameters]
-    return torch.cat([each.detach().flatten() for each in whole])
+
+    def whole(parameter: Any) -> Tensor:
+        sharded = isinstance(parameter, DTensor)
+        return (parameter.full_tensor() if sharded else parameter).detach().flatten()
+
+    return torch.cat([whole(parameter) for parameter in model.parameters()])
 
 
 def noise_of(whole: Tensor, gradient: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +113,8 @@ def noise_of(whole: Tensor, gradient: Any, name: str) -> tuple[Tensor, Tensor]:
         equal = torch.zeros(4, 3)
         balancer.step({"a": equal, "b": equal}, torch.zeros(4, dtype=torch.int64))
         results.append(parameters[0].grad)
-    return results[0].full_tensor(), results[1]
+    sharded: Any = results[0]
+    return sharded.full_tensor(), results[1]
 
 
 @contextmanager
