@@ -85,8 +85,8 @@ def modulate_(
     float32, with one rounding to their dtype. None and empty tensors are skipped; a tensor that is
     listed twice is updated once.
 
-    A gradient with NaN or inf is only scaled. A float16 result saturates at +-65504 where the
-    gradient was finite.
+    A gradient with NaN or inf is only scaled, and so is one so large that noise could overflow its
+    type. A float16 result saturates at +-65504 where the gradient was finite.
 
     Args:
         grads: T tensors of float32, float64, float16 or bfloat16, of any shape and layout, or

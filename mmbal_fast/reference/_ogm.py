@@ -173,8 +173,8 @@ def modulate_(
     3.3; without noise OGM, section 3.2. Float64 gradients are computed in float64, others in
     float32, with one rounding to their dtype. None and empty tensors are skipped.
 
-    A gradient with NaN or inf is only scaled. A float16 result saturates at +-65504 where the
-    gradient was finite.
+    A gradient with NaN or inf is only scaled, and so is one so large that noise could overflow its
+    type. A float16 result saturates at +-65504 where the gradient was finite.
 
     Args:
         grads: T floating point tensors of any shape and layout, or None; written in place.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.stateful import Stateful
 
 import mmbal_fast
@@ -513,7 +514,9 @@ def test_wrappers_do_not_change_the_noise() -> None:
     }
     wrapped = nn.DataParallel(nets[1].image)
     plain = nets[0].balancer()
-    cases: list[Any] = [compiled, {"audio": nets[1].audio, "image": wrapped}]
+    checkpointed = copy.deepcopy(nets[1].audio)
+    checkpointed[0] = checkpoint_wrapper(checkpointed[0])
+    cases: list[Any] = [compiled, {"audio": checkpointed, "image": wrapped}]
     for encoders in cases:
         balancer = mmbal_fast.OGMGE(encoders, alpha=0.5)
         assert balancer._names == plain._names
