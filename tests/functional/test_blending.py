@@ -575,8 +575,9 @@ def test_bad_input_is_refused() -> None:
 # --- torch.library and torch.compile -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ignored", "soft"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("ignored", torch.float32), ("soft", torch.bfloat16)], ids=str
+)
 def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     logits, target = heads((5, 4), dtype=dtype), labels((5, 4), kind)
     weights = f64(0.5, 0.2, 0.3)
