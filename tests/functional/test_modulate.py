@@ -406,6 +406,20 @@ def test_float16_saturates_what_was_finite(backend: Backend) -> None:
     assert (noisy.abs() == 65504.0).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.2, 0.01])
+def test_finite_gradients_stay_finite(backend: Backend, dtype: torch.dtype, share: float) -> None:
+    """Up to the largest number of the type: where noise could pass it there is none."""
+    largest = torch.finfo(dtype).max
+    grad = ((2 * torch.rand(5000, dtype=torch.float64) - 1) * share * largest).to(dtype)
+    grad[0] = share * largest
+    new = grad.clone().to(backend.device)
+    modulate_([new], factors(backend.device, 1.0), [0])
+    assert new.isfinite().all()
+    noisy = dtype == torch.float16 or (share == 0.01 and dtype != torch.float64)
+    assert torch.equal(new.cpu(), grad) == (not noisy)
+
+
 def test_bfloat16_has_the_range_of_float32(backend: Backend) -> None:
     grad = torch.tensor([2.0**100, 2.0**127], dtype=torch.bfloat16, device=backend.device)
     modulate_([grad], factors(backend.device, 4.0), [0], noise=0.0)
