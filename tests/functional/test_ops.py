@@ -51,11 +51,6 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
         "status": torch.zeros(1, dtype=torch.int32, device=device),
         "advance": True,
     }
-    extra = (
-        set(schema_arguments("modulate_")) - {"grads", "coefficients", "modality"} - set(numbers)
-    )
-    for name in extra:  # of those that came later, the defaults
-        numbers[name] = every[name] = None
     state = torch.ones(3, 2, device=device)
     status = torch.zeros(1, dtype=torch.int32, device=device)
     return {
@@ -82,10 +77,6 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
             ((grads[3], 3, 0, None, 0, 0), {}),
         ],
     }
-
-
-def schema_arguments(name: str) -> list[str]:
-    return [each.name for each in getattr(OPS, name).default._schema.arguments]
 
 
 @pytest.mark.parametrize("name", arguments(torch.device("cpu")))
