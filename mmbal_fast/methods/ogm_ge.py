@@ -322,7 +322,8 @@ class OGMGE:
             if fused is None:
                 unscale_(scaler, optimizers)
         if error_if_nonfinite or (shards is not None and self.noise != 0):
-            moments = gradient_moments_eager(grads, self._names)
+            # Where no gradient says which device it is, the ranks still sum their zeros.
+            moments = gradient_moments_eager(grads, self._names).to(self._state.device)
             if shards is not None:
                 shards.complete_(moments)
             if error_if_nonfinite:
