@@ -21,6 +21,7 @@ struct Application {
   Settings settings;
   Tensors<kCapacity> tensors;
 };
+static_assert(sizeof(Application<kFew>) <= 4096, "see kFew");
 
 // What elements become: bit for bit what csrc/cpu computes.
 template <class T>

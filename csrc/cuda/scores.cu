@@ -80,10 +80,14 @@ __global__ __launch_bounds__(kThreads, 2) void scores_kernel(const Scoring __gri
   double sum = 0;
   const int64_t stride = int64_t{gridDim.x} * kRows;
   for (int64_t b = int64_t{blockIdx.x} * kRows + group; b < s.batch; b += stride) {
-    const int64_t label = s.labels ? s.labels[b] : 0;
-    if (label < 0 || label >= s.classes) {
-      if (label != s.ignore_index && s.status) atomicOr(s.status, kLabelOutOfRange);
-      continue;
+    int64_t label = 0;
+    if (s.labels) {
+      label = s.labels[b];
+      if (label == s.ignore_index) continue;
+      if (label < 0 || label >= s.classes) {
+        if (s.status) atomicOr(s.status, kLabelOutOfRange);
+        continue;
+      }
     }
     Fraction score{};
     with_type(static_cast<DType>(s.dtypes[m]),
