@@ -166,6 +166,9 @@ def test_one_element_has_no_deviation(backend: Backend) -> None:
     grad = torch.tensor(3.0, device=backend.device)
     modulate_([grad], factors(backend.device, 0.5), [0], eps=0.0)
     assert grad.item() == 1.5
+    modulate_([grad], factors(backend.device, 1.0), [0], eps=0.25)
+    z = noise_like(grad, seed=0, step=0)
+    assert grad.item() == pytest.approx(1.5 + 0.25 * z.item(), rel=1e-6)
 
 
 def test_ids_are_positions_by_default(backend: Backend) -> None:
