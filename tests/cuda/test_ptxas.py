@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,13 +31,16 @@ def nvcc() -> str:
 @pytest.fixture(scope="module")
 def nvdisasm(nvcc: str) -> str:
     directories = [None, str(Path(nvcc).resolve().parent)]
+    directories += [
+        str(path) for path in Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin")
+    ]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         directories.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     found = (shutil.which("nvdisasm", path=directory) for directory in directories)
     path = next((path for path in found if path), None)
     if path is None:
-        pytest.skip("needs nvdisasm (CUDA toolkit or Triton's wheel)")
+        pytest.skip("needs nvdisasm (CUDA toolkit, nvidia-cuda-nvdisasm or Triton)")
     return path
 
 

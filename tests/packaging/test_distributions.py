@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -59,7 +60,9 @@ def pure_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_installed(wheel: Path, folder: Path, code: str) -> str:
     """Runs code where the wheel, and not the working tree, is what `import` finds."""
     zipfile.ZipFile(wheel).extractall(folder)
-    return run([sys.executable, "-c", code], cwd=folder, PYTHONPATH=str(folder)).stdout
+    # Without the .pth files of site-packages: an editable install would lend its native module.
+    path = os.pathsep.join([str(folder), sysconfig.get_paths()["purelib"]])
+    return run([sys.executable, "-S", "-c", code], cwd=folder, PYTHONPATH=path).stdout
 
 
 def test_sdist_holds_what_the_build_and_the_tests_need(sdist: Path) -> None:
