@@ -246,15 +246,16 @@ void scale_and_add_noise<double>(void* data, int64_t count, double k, double amp
 
 template <class T>
 bool scale(void* data, int64_t count, double k) {
+  constexpr int kSums = 4;  // enough to hide the latency of a multiply-add
   T* x = static_cast<T*>(data);
   const Update<T> update{Simd::splat(static_cast<float>(k)), {}};
-  FloatVector finite[2] = {};  // becomes NaN where an element is NaN or Inf
+  FloatVector finite[kSums] = {};  // becomes NaN where an element is NaN or Inf
   int64_t i = 0;
-  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    for (int v = 0; v < 2; ++v) {
+  for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
+    for (int v = 0; v < kSums; ++v) {
       const FloatVector g = load(x + i + v * kWidth);
       finite[v] = Simd::fma(g, FloatVector{}, finite[v]);
-      store(x + i + v * kWidth, update.scaled(g));
+      if (k != 1) store(x + i + v * kWidth, update.scaled(g));
     }
   }
   for (; i < count; i += kWidth) {
@@ -263,8 +264,9 @@ bool scale(void* data, int64_t count, double k) {
       return update.scaled(g);
     });
   }
+  const FloatVector sum = (finite[0] + finite[1]) + (finite[2] + finite[3]);
   bool all = true;
-  for (int j = 0; j < kWidth; ++j) all &= finite[0][j] + finite[1][j] == 0.0f;
+  for (int lane = 0; lane < kWidth; ++lane) all &= sum[lane] == 0.0f;
   return all;
 }
 

@@ -110,6 +110,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
   Scratch& memory = scratch();
   const uint32_t step = low_word(modulation.source);
   const bool noisy = modulation.noise != 0;
+  const bool measured = noisy && modulation.moments == nullptr;
   std::atomic<bool> finite{true};
   std::atomic<bool> finite_before{true};
   const auto unscale = [&](DType dtype, const Span& part) {
@@ -121,11 +122,10 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
     int64_t bytes = 0;
     do {
       bytes += gradients[end].count * size_of(gradients[end].dtype);
-    } while (++end < count && bytes < kWaveBytes);
+    } while (++end < count && (bytes < kWaveBytes || !measured));
     const Gradient* wave = gradients + begin;
     const int64_t elements = list_chunks(wave, end - begin, memory.chunks);
     const int useful = useful_threads(elements, threads);
-    const bool measured = noisy && modulation.moments == nullptr;
     if (measured) {
       measure(wave, end - begin, memory.chunks, useful, memory.partials, memory.moments, unscale);
     }
