@@ -60,7 +60,7 @@ sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and Undef
 	    $(abspath $(RUN)) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 bench: $(VENV)/.has-test native ## time the step against the published loop
-	$(RUN) -m pytest benchmarks $(ARGS)
+	$(BIN)/mmbal-fast bench $(ARGS)
 
 # Runs with the python3 that holds torch, on machines that reach no network.
 gpu-check: ## on a machine with a GPU: build, test, compute-sanitizer, timings
