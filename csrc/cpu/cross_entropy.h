@@ -38,14 +38,14 @@ RowSums<float> row_sums(const T* row, const float* soft, float top, int64_t clas
   const FloatVector shift = Simd::splat(top);
   int64_t c = 0;
   for (; c + kRowLanes <= classes; c += kRowLanes) {
-    for (int v = 0; v < kRowVectors; ++v) {
+    unroll<kRowVectors>([&](auto v) {
       const FloatVector d = load(row + c + v * kWidth) - shift;
       all[v] += d;
-      if (soft == nullptr) continue;
+      if (soft == nullptr) return;
       const FloatVector q = load(soft + c + v * kWidth);
       own[v] = Simd::fma(q, d, own[v]);
       mass[v] += q;
-    }
+    });
   }
   double sum[3] = {sum_row_lanes(mass), sum_row_lanes(own), sum_row_lanes(all)};
   for (; c < classes; ++c) {
@@ -75,7 +75,7 @@ double sum_of_exponentials(const T* row, float top, int64_t classes) {
   const FloatVector shift = Simd::splat(top);
   FloatVector sum[kRowVectors] = {};
   for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
-    for (int v = 0; v < kRowVectors; ++v) sum[v] += exp_nonpositive<Simd>(x[v] - shift);
+    unroll<kRowVectors>([&](auto v) { sum[v] += exp_nonpositive<Simd>(x[v] - shift); });
   });
   return sum_row_lanes(sum);
 }

@@ -26,7 +26,8 @@ double pairwise_sum(const double* x, int n) {
 double sum_lanes(const FloatVector* v) {
   float lanes[kLanes];
   double wide[kLanes];
-  std::memcpy(lanes, v, sizeof lanes);
+  // One by one: a copy of them all would keep them in memory, and out of registers before it.
+  unroll<kVectors>([&](auto j) { store(lanes + j * kWidth, v[j]); });
   for (int i = 0; i < kLanes; ++i) wide[i] = lanes[i];
   return pairwise_sum(wide, kLanes);
 }
@@ -58,79 +59,107 @@ MMBAL_HD BFloat16 splat_as<BFloat16>(float x) {
 
 // ------------------------------------------------------------------------------------ moments
 
+// Elements whose mean is the pivot that a chunk's deviations are taken from, at first.
+constexpr int64_t kSample = 256;
+
+// Calls f(element, lane) with lanes that are the same on every instruction set.
+template <class T, class F>
+MMBAL_HD void for_each_in_lanes(T* x, int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) f(x[i + lane], lane);
+  }
+  for (int lane = 0; i + lane < count; ++lane) f(x[i + lane], lane);
+}
+
 // In float64: for float64 data, and for values whose squares leave float32's range.
 template <class T>
 Partial moments_in_double(const void* data, int64_t count) {
   const T* x = static_cast<const T*>(data);
   double lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i % kLanes] += to_double(x[i]);
-  const double mean = pairwise_sum(lanes, kLanes) / static_cast<double>(count);
+  const int64_t sample = count < kSample ? count : kSample;
+  for_each_in_lanes(x, sample, [&](T value, int lane) { lanes[lane] += to_double(value); });
+  const double pivot = pairwise_sum(lanes, kLanes) / static_cast<double>(sample);
   double shifted[kLanes] = {};
   double squares[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const double d = to_double(x[i]) - mean;
-    shifted[i % kLanes] += d;
-    squares[i % kLanes] += d * d;
-  }
-  return partial_from_shifted(mean, pairwise_sum(shifted, kLanes), pairwise_sum(squares, kLanes),
+  for_each_in_lanes(x, count, [&](T value, int lane) {
+    const double d = to_double(value) - pivot;
+    shifted[lane] += d;
+    squares[lane] += d * d;
+  });
+  return partial_from_shifted(pivot, pairwise_sum(shifted, kLanes), pairwise_sum(squares, kLanes),
                               static_cast<double>(count));
 }
 
-// Two passes over a chunk that stays in the first-level cache: one read of memory.
+// Calls f(vectors) for every kLanes elements, the last ones padded with `filler`.
+template <class T, class F>
+MMBAL_HD void for_each_lanes(const T* x, int64_t count, float filler, F&& f) {
+  FloatVector v[kVectors];
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    unroll<kVectors>([&](auto j) { v[j] = load(x + i + j * kWidth); });
+    f(v);
+  }
+  if (i == count) return;
+  float padded[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    padded[lane] = i + lane < count ? static_cast<float>(to_double(x[i + lane])) : filler;
+  }
+  unroll<kVectors>([&](auto j) { v[j] = load(padded + j * kWidth); });
+  f(v);
+}
+
+// Deviations from the pivot and their squares, both summed: one pass.
+template <class T>
+void deviations(const T* x, int64_t count, float pivot, double* sum, double* squares) {
+  const FloatVector center = Simd::splat(pivot);
+  FloatVector shifted[kVectors] = {};
+  FloatVector squared[kVectors] = {};
+  for_each_lanes(x, count, pivot, [&](const FloatVector* v) {
+    unroll<kVectors>([&](auto j) {
+      const FloatVector d = v[j] - center;
+      shifted[j] += d;
+      squared[j] = Simd::fma(d, d, squared[j]);
+    });
+  });
+  *sum = sum_lanes(shifted);
+  *squares = sum_lanes(squared);
+}
+
 template <class T>
 Partial moments(const void* data, int64_t count) {
   const T* x = static_cast<const T*>(data);
-  const int64_t whole = count - count % kLanes;
-  const int64_t rest = count - whole;
-  T padded[kLanes];
+  const int64_t sample = count < kSample ? count : kSample;
   FloatVector sum[kVectors] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int v = 0; v < kVectors; ++v) sum[v] += load(x + i + v * kWidth);
-  }
-  if (rest) {
-    for (int i = 0; i < kLanes; ++i) padded[i] = i < rest ? x[whole + i] : splat_as<T>(0.0f);
-    for (int v = 0; v < kVectors; ++v) sum[v] += load(padded + v * kWidth);
-  }
-  const float pivot = static_cast<float>(sum_lanes(sum) / static_cast<double>(count));
-  const FloatVector center = Simd::splat(pivot);
-  FloatVector shifted[kVectors] = {};
-  FloatVector squares[kVectors] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int v = 0; v < kVectors; ++v) {
-      const FloatVector d = load(x + i + v * kWidth) - center;
-      shifted[v] += d;
-      squares[v] = Simd::fma(d, d, squares[v]);
+  for_each_lanes(x, sample, 0.0f,
+                 [&](const FloatVector* v) { unroll<kVectors>([&](auto j) { sum[j] += v[j]; }); });
+  float pivot = static_cast<float>(sum_lanes(sum) / static_cast<double>(sample));
+  Partial result{};
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    double shifted, squares;
+    deviations(x, count, pivot, &shifted, &squares);
+    if (squares_out_of_range(squares, static_cast<double>(count))) {
+      bool constant = true;
+      for (int64_t i = 1; i < count; ++i) constant &= to_double(x[i]) == to_double(x[0]);
+      if (constant && is_finite(to_double(x[0]))) return {to_double(x[0]), 0.0};
+      return moments_in_double<T>(data, count);
     }
+    result = partial_from_shifted(pivot, shifted, squares, static_cast<double>(count));
+    // More than half cancels: the sample was not like the rest. About the mean nothing does.
+    if (squares <= 2 * result.m2) break;
+    pivot = static_cast<float>(result.mean);
   }
-  if (rest) {
-    float deviations[kLanes];
-    for (int v = 0; v < kVectors; ++v) {
-      store(deviations + v * kWidth, load(padded + v * kWidth) - center);
-    }
-    for (int64_t i = rest; i < kLanes; ++i) deviations[i] = 0;
-    for (int v = 0; v < kVectors; ++v) {
-      const FloatVector d = load(deviations + v * kWidth);
-      shifted[v] += d;
-      squares[v] = Simd::fma(d, d, squares[v]);
-    }
-  }
-  const double total = sum_lanes(squares);
-  if (squares_out_of_range(total, static_cast<double>(count))) {
-    bool constant = true;
-    for (int64_t i = 1; i < count; ++i) constant &= to_double(x[i]) == to_double(x[0]);
-    if (constant && is_finite(to_double(x[0]))) return {to_double(x[0]), 0.0};
-    return moments_in_double<T>(data, count);
-  }
-  return partial_from_shifted(pivot, sum_lanes(shifted), total, static_cast<double>(count));
+  return result;
 }
 
 // -------------------------------------------------------------------------------------- noise
 
-// Calls sink(i, v) with the normals of elements index + i .. index + i + kWidth - 1, for
-// i = 0, kWidth, ... below count; index must be a multiple of 4. The last call may pass the end.
+// Calls sink(i, z) with the normals of elements index + i .. index + i + kGroup - 1, for
+// i = 0, kGroup, ... below count; index must be a multiple of 4. The last call may pass the end.
+// `lane` is block_of_lane of the type that they are for.
 template <class Sink>
-MMBAL_HD void for_each_normal(const NoiseKey key, uint64_t index, int64_t count, Sink&& sink) {
-  const UintVector lane = block_of_lane();
+MMBAL_HD void for_each_group(const NoiseKey key, uint64_t index, int64_t count,
+                             const UintVector lane, Sink&& sink) {
   const auto words_of = [&](uint64_t block) {
     const UintVector low = lane + static_cast<uint32_t>(block);
     // Where the low word wrapped, the comparison is -1: the carry.
@@ -148,9 +177,7 @@ MMBAL_HD void for_each_normal(const NoiseKey key, uint64_t index, int64_t count,
     block += kWidth;
     const auto z = normals<Simd>(words);
     words = words_of(block);
-    FloatVector v[4];
-    transpose4(z.z0, z.z1, z.z2, z.z3, v);
-    for (int j = 0; j < 4; ++j) sink(i + j * kWidth, v[j]);
+    sink(i, z);
   }
 }
 
@@ -170,10 +197,14 @@ void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32
 // starts at the returned offset. The buffer holds kRun + 2 groups.
 constexpr int64_t kRun = 1024;
 
+// What noise alone makes of an element and its normal.
+MMBAL_HD FloatVector second(FloatVector, FloatVector z) { return z; }
+
 const float* normals_of_run(const NoiseKey& key, uint64_t index, int64_t count, float* buffer) {
   const int64_t skip = static_cast<int64_t>(index & 3);
-  for_each_normal(key, index - static_cast<uint64_t>(skip), count + skip,
-                  [&](int64_t i, FloatVector v) { store(buffer + i, v); });
+  for_each_group(
+      key, index - static_cast<uint64_t>(skip), count + skip, block_of_lane(buffer),
+      [&](int64_t i, const Quad<FloatVector>& z) { transform_group(buffer + i, z, second); });
   return buffer + skip;
 }
 
@@ -216,8 +247,9 @@ void scale_and_add_noise(void* data, int64_t count, double k, double amplitude, 
                          Simd::splat(static_cast<float>(amplitude))};
   if ((index & 3) == 0) {
     const int64_t whole = count - count % kGroup;
-    for_each_normal(key, index, whole,
-                    [&](int64_t i, FloatVector z) { store(x + i, update(load(x + i), z)); });
+    for_each_group(key, index, whole, block_of_lane(x), [&](int64_t i, const Quad<FloatVector>& z) {
+      transform_group(x + i, z, update);
+    });
     x += whole;
     count -= whole;
     index += static_cast<uint64_t>(whole);
@@ -252,11 +284,11 @@ bool scale(void* data, int64_t count, double k) {
   FloatVector finite[kSums] = {};  // becomes NaN where an element is NaN or Inf
   int64_t i = 0;
   for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
-    for (int v = 0; v < kSums; ++v) {
+    unroll<kSums>([&](auto v) {
       const FloatVector g = load(x + i + v * kWidth);
       finite[v] = Simd::fma(g, FloatVector{}, finite[v]);
       if (k != 1) store(x + i + v * kWidth, update.scaled(g));
-    }
+    });
   }
   for (; i < count; i += kWidth) {
     transform_tail(x + i, count - i < kWidth ? count - i : kWidth, [&](FloatVector g) {
@@ -273,12 +305,12 @@ bool scale(void* data, int64_t count, double k) {
 template <>
 bool scale<double>(void* data, int64_t count, double k) {
   double* x = static_cast<double*>(data);
-  double finite = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    finite += x[i] * 0.0;
-    x[i] *= k;
-  }
-  return finite == 0;
+  double finite[kLanes] = {};
+  for_each_in_lanes(x, count, [&](double& value, int lane) {
+    finite[lane] += value * 0.0;
+    if (k != 1) value *= k;
+  });
+  return pairwise_sum(finite, kLanes) == 0;
 }
 
 template <class T>
@@ -286,7 +318,9 @@ void noise(void* data, int64_t count, const NoiseKey& key, uint64_t index) {
   T* x = static_cast<T*>(data);
   if ((index & 3) == 0) {
     const int64_t whole = count - count % kGroup;
-    for_each_normal(key, index, whole, [&](int64_t i, FloatVector z) { store(x + i, z); });
+    for_each_group(key, index, whole, block_of_lane(x), [&](int64_t i, const Quad<FloatVector>& z) {
+      transform_group(x + i, z, second);
+    });
     x += whole;
     count -= whole;
     index += static_cast<uint64_t>(whole);
@@ -323,7 +357,7 @@ MMBAL_HD void for_each_logit(const T* row, int64_t classes, F&& f) {
   FloatVector x[kRowVectors];
   int64_t c = 0;
   for (; c + kRowLanes <= classes; c += kRowLanes) {
-    for (int v = 0; v < kRowVectors; ++v) x[v] = load(row + c + v * kWidth);
+    unroll<kRowVectors>([&](auto v) { x[v] = load(row + c + v * kWidth); });
     f(c, x);
   }
   if (c == classes) return;
@@ -331,19 +365,19 @@ MMBAL_HD void for_each_logit(const T* row, int64_t classes, F&& f) {
   for (int i = 0; i < kRowLanes; ++i) {
     padded[i] = c + i < classes ? row[c + i] : splat_as<T>(-HUGE_VALF);
   }
-  for (int v = 0; v < kRowVectors; ++v) x[v] = load(padded + v * kWidth);
+  unroll<kRowVectors>([&](auto v) { x[v] = load(padded + v * kWidth); });
   f(c, x);
 }
 
 template <class T>
 float row_max(const T* row, int64_t classes) {
   FloatVector top[kRowVectors];
-  for (int v = 0; v < kRowVectors; ++v) top[v] = Simd::splat(-HUGE_VALF);
+  unroll<kRowVectors>([&](auto v) { top[v] = Simd::splat(-HUGE_VALF); });
   for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
-    for (int v = 0; v < kRowVectors; ++v) top[v] = Simd::max(top[v], x[v]);
+    unroll<kRowVectors>([&](auto v) { top[v] = Simd::max(top[v], x[v]); });
   });
   float lanes[kRowLanes];
-  std::memcpy(lanes, top, sizeof lanes);
+  unroll<kRowVectors>([&](auto v) { store(lanes + v * kWidth, top[v]); });
   float result = lanes[0];
   for (int i = 1; i < kRowLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
   return result;
@@ -352,7 +386,7 @@ float row_max(const T* row, int64_t classes) {
 double sum_row_lanes(const FloatVector* v) {
   float lanes[kRowLanes];
   double wide[kRowLanes];
-  std::memcpy(lanes, v, sizeof lanes);
+  unroll<kRowVectors>([&](auto j) { store(lanes + j * kWidth, v[j]); });
   for (int i = 0; i < kRowLanes; ++i) wide[i] = lanes[i];
   return pairwise_sum(wide, kRowLanes);
 }
@@ -364,7 +398,7 @@ double row_score(const void* data, int64_t classes, int64_t label) {
   const FloatVector shift = Simd::splat(top);
   FloatVector sum[kRowVectors] = {};
   for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
-    for (int v = 0; v < kRowVectors; ++v) sum[v] += exp_nonpositive<Simd>(x[v] - shift);
+    unroll<kRowVectors>([&](auto v) { sum[v] += exp_nonpositive<Simd>(x[v] - shift); });
   });
   const float own = static_cast<float>(to_double(row[label])) - top;
   return exp_nonpositive<Scalar>(own) / sum_row_lanes(sum);
@@ -378,7 +412,7 @@ double soft_row_score(const void* data, int64_t classes, const void* weights) {
   FloatVector sum[kRowVectors] = {};
   FloatVector weighted[kRowVectors] = {};
   for_each_logit(row, classes, [&](int64_t c, const FloatVector* x) {
-    for (int v = 0; v < kRowVectors; ++v) {
+    unroll<kRowVectors>([&](auto v) {
       const FloatVector e = exp_nonpositive<Simd>(x[v] - shift);
       T padded[kWidth];
       for (int i = 0; i < kWidth; ++i) {
@@ -387,7 +421,7 @@ double soft_row_score(const void* data, int64_t classes, const void* weights) {
       }
       sum[v] += e;
       weighted[v] = Simd::fma(e, load(padded), weighted[v]);
-    }
+    });
   });
   return sum_row_lanes(weighted) / sum_row_lanes(sum);
 }

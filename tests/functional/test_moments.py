@@ -77,6 +77,19 @@ def test_chunks_with_different_means(backend: Backend) -> None:
     assert_exact(gradient_moments(grads), grads)
 
 
+@pytest.mark.parametrize("unlike", [1, 31, 256, 257, 2000])
+@pytest.mark.parametrize("level", [1.1, 1e4])
+def test_first_elements_unlike_the_rest(backend: Backend, unlike: int, level: float) -> None:
+    """As where the first rows of an embedding saw no sample: none may stand for the chunk."""
+    grads = []
+    for spread in (0.0, 1e-3, 1.0):
+        grad = torch.full((CHUNK + 50,), level) + spread * torch.randn(CHUNK + 50)
+        grad[:unlike] = 0.0
+        grads += [grad.to(backend.device), grad.flip(0).to(backend.device)]
+    grads += [grad.to(torch.bfloat16) for grad in grads]
+    assert_exact(gradient_moments(grads), grads, rel=1e-5)
+
+
 # Squares of these leave the range of float32 above or below, some only in one chunk.
 @pytest.mark.parametrize("size", [1, 3, 33, CHUNK, CHUNK + 1])
 @pytest.mark.parametrize("scale", [1e30, 3e37, 1e18, 1e-18, 1e-30, 1e-40])
