@@ -188,7 +188,9 @@ void scores(const Scores& args, int threads) {
   row_scores.assign(static_cast<size_t>(rows), 0.0);
   const int64_t grain = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, args.classes));
   std::atomic<bool> in_range{true};
-  parallel_for(rows, grain, useful_threads(rows * args.classes, threads), [&](int64_t i) {
+  // In elements that are scaled: an exponential takes as long as four, a row's sums as 32 more.
+  const int64_t work = 4 * rows * (args.classes + 32);
+  parallel_for(rows, grain, useful_threads(work, threads), [&](int64_t i) {
     const int64_t m = i / args.batch;
     const int64_t b = i % args.batch;
     const int64_t at = b * args.classes * size_of(args.dtypes[m]);

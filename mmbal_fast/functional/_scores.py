@@ -61,7 +61,7 @@ def contribution_scores_eager(
     """`contribution_scores` on checked arguments."""
     state = torch.empty(3, len(logits), device=target.device)
     observe_eager_(state, logits, target, ignore_index, False, 0.0, "none", None)
-    return state[0].clone()
+    return state[0]
 
 
 def discrepancy_ratios(scores: Tensor) -> Tensor:
@@ -226,7 +226,8 @@ def derive_eager_(state: Tensor, ratios: bool, alpha: float, rule: str) -> None:
 
 def _rows(tensor: Tensor) -> Tensor:
     """Class scores as contiguous rows ``[B, C]``."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.ndim > 2:
         tensor = tensor.movedim(1, -1).flatten(0, -2)
     return tensor.contiguous()
