@@ -32,11 +32,16 @@ class Case:
     part: str = "step"
     """Or "noise" or "moments", which a step consists of."""
     seconds: float = 4.0
+    threads: int | None = None
+    """Of the CPU; default those that torch is set to."""
+    cold: bool = False
+    """Whether the cache is emptied before each run, as in training; else it holds what fits."""
 
     @property
     def name(self) -> str:
         """As the results call it."""
-        return self.workload.name if self.part == "step" else f"{self.part} {self.workload.name}"
+        part = "" if self.part == "step" else f"{self.part} "
+        return f"{part}{self.workload.name}{', cold' if self.cold else ''}"
 
     @property
     def elements(self) -> int:
@@ -70,22 +75,34 @@ def quick_cases() -> Iterator[Case]:
     yield Case(av, torch.float32, noise=True)
     yield Case(av, torch.float32, seconds=2)
     yield Case(av, torch.bfloat16, noise=True, seconds=2)
+    yield Case(GRADIENTS["av-resnet18 channels_last"], torch.float32, noise=True, seconds=2)
     yield Case(GRADIENTS["tiny"], torch.float32, noise=True, seconds=1)
-    yield Case(av, torch.float32, part="noise", seconds=2)
-    yield Case(av, torch.float32, part="moments", seconds=2)
     yield Case(Scoring(2, 64, 310), torch.float32, seconds=1)
+    yield from one_core_cases(seconds=2)
 
 
-def all_cases(compiled: bool) -> Iterator[Case]:
+def one_core_cases(seconds: float = 4.0) -> Iterator[Case]:
+    """The step on one thread, and what it consists of."""
+    av = GRADIENTS["av-resnet18"]
+    yield Case(av, torch.float32, noise=True, seconds=seconds, threads=1)
+    for part in ("noise", "moments"):
+        yield Case(av, torch.float32, part=part, seconds=seconds, threads=1)
+
+
+def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
     """Everything."""
+    cuda = device.type == "cuda"
     for workload in GRADIENTS.values():
         for dtype in DTYPES:
             for noise in (True, False):
                 compare = compiled and workload.name == "av-resnet18" and dtype == torch.float32
-                yield Case(workload, dtype, noise, compare)
+                for cold in (False, True) if cuda else (False,):
+                    yield Case(workload, dtype, noise, compare, cold=cold)
     for part in ("noise", "moments"):
         for dtype in DTYPES:
             yield Case(GRADIENTS["av-resnet18"], dtype, part=part)
+    if not cuda:
+        yield from one_core_cases()
     for scoring in SCORING:
         yield Case(scoring, torch.float32, seconds=1)
     for elements in SCALES:
@@ -109,16 +126,21 @@ def run(cases: Sequence[Case], device: torch.device, console: Console) -> list[_
         A row for each provider of each case.
     """
     rows: list[_report.Row] = []
+    threads = torch.get_num_threads()
     columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("copy bandwidth", total=len(cases))
-        copy = names.copy_bandwidth(
-            device, lambda each: interleaved([each], device, 1.0)[each.name].median
-        )
+        copies: dict[int, float] = {}  # copy bandwidth by threads
         for case in cases:
             progress.update(task, description=f"{case.name} {str(case.dtype)[6:]}")
+            used = case.threads or threads
+            torch.set_num_threads(used)
+            if used not in copies:
+                copies[used] = names.copy_bandwidth(
+                    device, lambda each: interleaved([each], device, 1.0)[each.name].median
+                )
             providers = case.providers(device)
-            timings = interleaved(providers, device, case.seconds)
+            timings = interleaved(providers, device, case.seconds, case.cold)
             for provider in providers:
                 counts = Counts()
                 if provider.name not in (names.COMPILED, names.GRAPH):
@@ -135,10 +157,11 @@ def run(cases: Sequence[Case], device: torch.device, console: Console) -> list[_
                         case.least_bytes,
                         timings[provider.name],
                         counts,
-                        copy,
+                        copies[used],
                     )
                 )
             progress.advance(task)
+    torch.set_num_threads(threads)
     return rows
 
 
@@ -166,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--threads must be from 1 on (got {options.threads})")
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    cases = list(quick_cases() if options.quick else all_cases(not options.no_compile))
+    cases = list(quick_cases() if options.quick else all_cases(not options.no_compile, device))
     if options.only:
         cases = [case for case in cases if options.only in case.name]
         if not cases:

@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_iter
 
 from mmbal_fast import _backend
 
+EVICTING_BYTES = 256 << 20
+"""More than the last cache of a GPU or of most servers holds."""
+
 
 @dataclass
 class Provider:
@@ -47,7 +50,7 @@ def interleaved(
     providers: Sequence[Provider],
     device: torch.device,
     seconds: float,
-    progress: Callable[[str], object] = lambda name: None,
+    cold: bool = False,
 ) -> dict[str, Timing]:
     """Times providers in turn until each has had its share of ``seconds``.
 
@@ -55,17 +58,22 @@ def interleaved(
         providers: what to time; each is run twice before to warm up.
         device: on CUDA device events measure, elsewhere the host's clock.
         seconds: about how long to measure for, at least 5 repetitions.
-        progress: called with each provider's name when it is warmed up.
+        cold: write more memory than the cache holds before each run, untimed.
 
     Returns:
         Timings by provider's name.
     """
     spent: dict[str, list[float]] = {provider.name: [] for provider in providers}
     longest = 0.0
+    evicting = torch.empty(EVICTING_BYTES if cold else 0, dtype=torch.uint8, device=device)
+
+    def prepare(provider: Provider) -> None:
+        provider.restore()
+        evicting.zero_()
+
     for provider in providers:
-        progress(provider.name)
         for _ in range(2):
-            provider.restore()
+            prepare(provider)
             longest_of_two = _once(provider, device)
         longest += longest_of_two
     repetitions = max(5, min(200, int(seconds / max(longest, 1e-6) / 2)))
@@ -74,7 +82,7 @@ def interleaved(
     try:
         for _ in range(repetitions):
             for provider in providers:
-                provider.restore()
+                prepare(provider)
                 spent[provider.name].append(_once(provider, device))
     finally:
         gc.enable()

@@ -112,10 +112,15 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer.writerows(asdict(each) for each in rows)
 
 
-def _groups(rows: Sequence[Row]) -> dict[tuple[str, str, bool], dict[str, Row]]:
-    groups: dict[tuple[str, str, bool], dict[str, Row]] = {}
+def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by what was done, which all providers of a case have in common, and by provider."""
+    groups: dict[str, dict[str, Row]] = {}
+    usual = max((each.threads for each in rows), default=1)
     for each in rows:
-        groups.setdefault((each.workload, each.dtype, each.noise), {})[each.provider] = each
+        label = f"{each.workload} {each.dtype}{' noise' if each.noise else ''}"
+        if each.threads != usual:
+            label += f", {each.threads} thread{'s' if each.threads > 1 else ''}"
+        groups.setdefault(label, {})[each.provider] = each
     return groups
 
 
@@ -129,10 +134,9 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_column(name, no_wrap=True)
     for name in ("ms", "p20 - p80", "x ours", "GB/s", "% of copy", "launches", "syncs"):
         result.add_column(name, justify="right", no_wrap=True)
-    for (workload, dtype, noise), group in _groups(rows).items():
+    for label, group in _groups(rows).items():
         ours = group[names.OURS]
         for index, (provider, each) in enumerate(group.items()):
-            label = f"{workload} {dtype}{' noise' if noise else ''}"
             result.add_row(
                 label if index == 0 else "",
                 provider,
@@ -161,38 +165,51 @@ COLOURS = {
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Bars of the times of each workload, and the two scaling curves where they were measured."""
-    scaling = [each for each in rows if each.workload.startswith("scale-")]
-    plain = [each for each in rows if not each.workload.startswith("scale-")]
-    figure, axes = plt.subplots(
-        1 + bool(scaling), 1, figsize=(11, 5 + 4 * bool(scaling)), squeeze=False
-    )
-    _bars(axes[0][0], plain)
+    panels: dict[str, list[Row]] = {
+        "step with noise": [],
+        "step without noise": [],
+        "parts of a step": [],
+    }
+    scaling: list[Row] = []
+    for each in rows:
+        if each.workload.startswith("scale-"):
+            scaling.append(each)
+        elif each.workload.startswith(("noise ", "moments ", "score-")):
+            panels["parts of a step"].append(each)
+        else:
+            panels["step with noise" if each.noise else "step without noise"].append(each)
+    shown = {title: found for title, found in panels.items() if found}
+    count = len(shown) + bool(scaling)
+    figure, axes = plt.subplots(count, 1, figsize=(15, 5 * count), squeeze=False)
+    for axis, (title, found) in zip(axes[:, 0], shown.items(), strict=False):
+        _bars(axis, found, title)
     if scaling:
-        _curves(axes[1][0], scaling)
-    figure.suptitle(f"{rows[0].machine}, {rows[0].threads} threads, torch {rows[0].torch}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        _curves(axes[-1, 0], scaling)
+    first = rows[0]
+    figure.suptitle(f"{first.machine}, {first.threads} threads, torch {first.torch}")
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _bars(axis: Axes, rows: Sequence[Row]) -> None:
+def _bars(axis: Axes, rows: Sequence[Row], title: str) -> None:
     groups = _groups(rows)
     shown = list(dict.fromkeys(each.provider for each in rows))
     width = 0.8 / len(shown)
     for offset, provider in enumerate(shown):
-        places = [i for i, group in enumerate(groups.values()) if provider in group]
-        times = [group[provider].median_ms for group in groups.values() if provider in group]
+        found = {i: g[provider] for i, g in enumerate(groups.values()) if provider in g}
         axis.bar(
-            [place + (offset - len(shown) / 2 + 0.5) * width for place in places],
-            times,
+            [place + (offset - len(shown) / 2 + 0.5) * width for place in found],
+            [each.median_ms for each in found.values()],
             width,
             label=provider,
             color=COLOURS[provider],
         )
     axis.set_yscale("log")
     axis.set_ylabel("median time, ms (log)")
-    labels = [f"{w}\n{d}{', noise' if n else ''}" for w, d, n in groups]
-    axis.set_xticks(range(len(groups)), labels, rotation=60 if len(groups) > 8 else 0, fontsize=8)
+    axis.set_title(title)
+    labels = [label.removesuffix(" noise").replace(" ", "\n") for label in groups]
+    axis.set_xticks(range(len(groups)), labels, fontsize=7)
     axis.legend(ncols=len(shown), fontsize=8)
     axis.grid(axis="y", alpha=0.3)
 

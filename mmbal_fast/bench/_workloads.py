@@ -27,6 +27,8 @@ class Gradients:
 
     name: str
     shapes: tuple[tuple[Sequence[int], ...], tuple[Sequence[int], ...]]
+    channels_last: bool = False
+    """Whether those of four dimensions are laid out so, as the convolutions of such a model."""
 
     @property
     def modality(self) -> list[int]:
@@ -41,23 +43,23 @@ class Gradients:
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
         """Random gradients of the sizes that training gives."""
         generator = torch.Generator().manual_seed(seed)
-        return [
+        made = [
             (torch.randn(tuple(shape), generator=generator) * 1e-2).to(device, dtype)
             for part in self.shapes
             for shape in part
         ]
+        if not self.channels_last:
+            return made
+        return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
+
+AV_RESNET18 = (((64, 1, 7, 7), *RESNET18_CONVOLUTIONS), ((64, 3, 7, 7), *RESNET18_CONVOLUTIONS))
 
 GRADIENTS = {
     each.name: each
     for each in (
-        Gradients(
-            "av-resnet18",
-            (
-                ((64, 1, 7, 7), *RESNET18_CONVOLUTIONS),
-                ((64, 3, 7, 7), *RESNET18_CONVOLUTIONS),
-            ),
-        ),
+        Gradients("av-resnet18", AV_RESNET18),
+        Gradients("av-resnet18 channels_last", AV_RESNET18, channels_last=True),
         Gradients("tiny", (((1024,),) * 10, ((1024,),) * 10)),
         Gradients("many", (((4096,),) * 500, ((4096,),) * 500)),
         Gradients("vit-b-pair", (tuple(VIT_B), tuple(VIT_B))),

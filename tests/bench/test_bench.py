@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from mmbal_fast import functional
-from mmbal_fast.bench import Case, _baselines, main
+from mmbal_fast.bench import Case, _baselines, main, run
 from mmbal_fast.bench._measure import Provider, Timing, count, interleaved
 from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, step
 from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
@@ -92,6 +93,40 @@ def test_providers_take_turns():
     assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 5
     assert {len(each.seconds) for each in timings.values()} == {5}
     assert Timing([1.0, 2.0, 3.0, 4.0, 5.0]).quantile(0.2) == pytest.approx(1.8)
+
+
+def test_the_cache_is_emptied_before_cold_runs(monkeypatch):
+    events: list[str] = []
+
+    class Memory:
+        def zero_(self):
+            events.append("evict")
+
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: Memory())
+    provider = Provider("a", lambda: events.append("run"), lambda: events.append("restore"))
+    interleaved([provider], CPU, seconds=0.0, cold=True)
+    assert events == ["restore", "evict", "run"] * 7
+
+
+def test_threads_of_a_case():
+    def threads_of(case):
+        (row,) = (row for row in run([case], CPU, Console(quiet=True)) if row.provider == OURS)
+        return row.threads
+
+    torch.set_num_threads(2)
+    small = Gradients("small", (((8, 8),), ((8, 8),)))
+    assert threads_of(Case(small, torch.float32, seconds=0.0, threads=1)) == 1
+    assert threads_of(Case(small, torch.float32, seconds=0.0)) == 2
+    assert torch.get_num_threads() == 2
+
+
+def test_channels_last_gradients():
+    workload = GRADIENTS["av-resnet18 channels_last"]
+    grads = workload.make(torch.bfloat16, CPU)
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in grads)
+    assert sum(g.numel() for g in grads) == workload.elements
+    plain = GRADIENTS["av-resnet18"].make(torch.bfloat16, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
 
 
 def test_least_bytes():
