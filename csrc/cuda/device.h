@@ -149,6 +149,49 @@ struct Element<BFloat16> : NarrowElement<BFloat16>, WideElement {
   static __device__ __forceinline__ BFloat16 to(float x) { return to_bfloat16(x); }
 };
 
+// A packet with x <- f(i, x) for element i, rounded to its type.
+template <class T, class F>
+__device__ __forceinline__ uint4 transformed(const uint4& packet, F&& f) {
+  typename Element<T>::Compute x[Element<T>::kPacket];
+  Element<T>::unpack(packet, x);
+  MMBAL_UNROLL
+  for (int i = 0; i < Element<T>::kPacket; ++i) x[i] = f(i, x[i]);
+  return Element<T>::saturate(packet, Element<T>::pack(x));
+}
+
+// Elements as they would be had they been multiplied by *inverse_scale in memory.
+template <class T, bool kUnscales>
+class Unscaling {
+ public:
+  static constexpr bool kActive = kUnscales;
+  using Compute = typename Element<T>::Compute;
+
+  __device__ __forceinline__ explicit Unscaling(const float* inverse_scale)
+      : inverse_(kUnscales ? *inverse_scale : 1.0f) {}
+
+  __device__ __forceinline__ T operator()(T element) {
+    if (!kUnscales) return element;
+    return Element<T>::saturate(element, Element<T>::to(scaled(Element<T>::from(element))));
+  }
+  __device__ __forceinline__ uint4 operator()(const uint4& packet) {
+    if (!kUnscales) return packet;
+    return transformed<T>(packet, [&](int, Compute x) { return scaled(x); });
+  }
+  // Whether elements differ from memory.
+  __device__ __forceinline__ bool changes() const { return kUnscales && inverse_ != 1; }
+  // Whether one of them was NaN or Inf in memory.
+  __device__ __forceinline__ bool found_inf() const { return kUnscales && finite_ != 0; }
+
+ private:
+  __device__ __forceinline__ Compute scaled(Compute x) {
+    finite_ += x * 0;
+    return x * inverse_;
+  }
+
+  Compute inverse_;
+  Compute finite_ = 0;  // becomes NaN where an element is NaN or Inf
+};
+
 // Calls f(T{}) with the type that `dtype` stands for.
 template <class F>
 __device__ __forceinline__ void with_type(DType dtype, F&& f) {

@@ -95,9 +95,10 @@ void launch(void (*kernel)(const Arguments __grid_constant__), dim3 blocks, int 
   check(cudaLaunchKernelEx(&config, kernel, arguments), "cudaLaunchKernelEx");
 }
 
-// One launch: moments of `tensors` to their rows of `out`.
+// One launch: moments of `tensors`, multiplied by *inverse_scale if that is not null, to their rows
+// of `out`.
 template <int kCapacity>
-void launch_moments(const Tensors<kCapacity>& tensors, double* out, const Workspace& workspace,
-                    const Queue& queue);
+void launch_moments(const Tensors<kCapacity>& tensors, const float* inverse_scale, double* out,
+                    const Workspace& workspace, const Queue& queue);
 
 }  // namespace mmbal::cuda

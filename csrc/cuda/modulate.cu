@@ -13,6 +13,8 @@ struct Settings {
   const double* moments;  // [rows, 3], read where noise is not 0
   int32_t* status;        // may be null
   int64_t* advance;       // may be null
+  const float* inverse_scale;
+  float* found_inf;
   uint32_t* block_counter;
 };
 
@@ -88,10 +90,12 @@ class Walk {
   int left_;
 };
 
-template <class T>
-__device__ __forceinline__ void scale(const Span<T>& span, float k, int32_t* status) {
+template <class T, class Unscaling>
+__device__ __forceinline__ void scale(const Span<T>& span, Unscaling& unscaling, float k,
+                                      int32_t* status) {
   using Compute = typename Element<T>::Compute;
   const Pieces<kGroup<T>> pieces(span);
+  const bool writes = k != 1 || unscaling.changes();
   Compute finite = 0;  // becomes NaN where an element is NaN or Inf
   const auto scaled = [&](int, Compute g) {
     finite += g * 0;
@@ -101,23 +105,26 @@ __device__ __forceinline__ void scale(const Span<T>& span, float k, int32_t* sta
   for (Walk<T> walk(span, pieces); walk.more(); walk.next()) {
     walk.load();
     walk.each([&](Group<T>& group, T* at, int) {
+      group.each_packet(unscaling);
       group.transform(scaled);
-      if (k != 1) group.store(at);
+      if (writes) group.store(at);
     });
   }
   const int thread = static_cast<int>(threadIdx.x);
   if (pieces.single(thread)) {
-    T& element = span.data[pieces.single_at(thread)];
+    T& place = span.data[pieces.single_at(thread)];
+    const T element = unscaling(place);
     const Compute y = scaled(0, Element<T>::from(element));
-    if (k != 1) element = Element<T>::saturate(element, Element<T>::to(y));
+    if (writes) place = Element<T>::saturate(element, Element<T>::to(y));
   }
   if (status && finite != 0) atomicOr(status, kNonFiniteGradient);
 }
 
 // Calls step_read() once no thread of the block will read the step any more.
-template <class T, class StepRead>
-__device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const Settings& settings,
-                                                    float k, const NoiseKey& key, const double* row,
+template <class T, class Unscaling, class StepRead>
+__device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, Unscaling& unscaling,
+                                                    const Settings& settings, float k,
+                                                    const NoiseKey& key, const double* row,
                                                     StepRead&& step_read) {
   using Compute = typename Element<T>::Compute;
   __shared__ double shared_amplitude;
@@ -136,11 +143,12 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const S
   step_read();
   const double amplitude = shared_amplitude;
   if (amplitude == 0) {
-    if (k != 1) scale(span, k, settings.status);
+    if (Unscaling::kActive || k != 1) scale(span, unscaling, k, settings.status);
     return;
   }
   const Update<T> update(k, amplitude);
   const auto finish = [&](Group<T>& group, T* at, const float* z) {
+    group.each_packet(unscaling);
     group.transform([&](int i, Compute g) { return update(g, z[i]); });
     group.store(at);
   };
@@ -172,13 +180,13 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, const S
   if (pieces.single(thread)) {
     const int at = pieces.single_at(thread);
     const float noise = noise_of_element(key, index(at));
-    T& element = span.data[at];
-    element =
+    const T element = unscaling(span.data[at]);
+    span.data[at] =
         Element<T>::saturate(element, Element<T>::to(update(Element<T>::from(element), noise)));
   }
 }
 
-template <int kCapacity>
+template <int kCapacity, bool kUnscales>
 __global__ __launch_bounds__(kThreads, 4) void apply_kernel(
     const Application<kCapacity> __grid_constant__ a) {
   // Backwards: what was measured last is still in the second-level cache.
@@ -195,13 +203,15 @@ __global__ __launch_bounds__(kThreads, 4) void apply_kernel(
     using T = decltype(type);
     const auto span = span_of_chunk<T>(a.tensors.data[t], a.tensors.count[t], a.tensors.offset[t],
                                        chunk - a.tensors.begin[t]);
+    Unscaling<T, kUnscales> unscaling(settings.inverse_scale);
     if (settings.noise != 0) {
-      scale_and_add_noise(span, settings, k, noise_key(settings.source, a.tensors.id[t]),
+      scale_and_add_noise(span, unscaling, settings, k, noise_key(settings.source, a.tensors.id[t]),
                           settings.moments + 3 * int64_t{a.tensors.row[t]}, step_read);
     } else {
       step_read();
-      if (k != 1 || settings.status) scale(span, k, settings.status);
+      if (kUnscales || k != 1 || settings.status) scale(span, unscaling, k, settings.status);
     }
+    if (unscaling.found_inf()) atomicExch(settings.found_inf, 1.0f);
   });
   if (settings.advance && threadIdx.x == 0 && arrived == gridDim.x - 1) {
     *settings.block_counter = 0;
@@ -228,13 +238,20 @@ void modulate_all(const Gradient* gradient, const Gradient* end, const Modulatio
   settings.source = modulation.source;
   settings.moments = measured ? workspace.rows : modulation.moments;
   settings.status = modulation.status;
+  settings.inverse_scale = modulation.inverse_scale;
+  settings.found_inf = modulation.found_inf;
   settings.block_counter = workspace.block_counter;
+  const auto apply =
+      modulation.inverse_scale ? apply_kernel<kCapacity, true> : apply_kernel<kCapacity, false>;
   while (gradient != end) {
     gradient = application.tensors.fill(gradient, end, measured);
     settings.advance = gradient == end ? modulation.advance : nullptr;
-    if (measured) launch_moments(application.tensors, workspace.rows, workspace, queue);
-    launch(apply_kernel<kCapacity>, dim3(static_cast<unsigned>(application.tensors.chunks())),
-           kThreads, queue, application);
+    if (measured) {
+      launch_moments(application.tensors, modulation.inverse_scale, workspace.rows, workspace,
+                     queue);
+    }
+    launch(apply, dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, queue,
+           application);
   }
 }
 

@@ -9,27 +9,31 @@ namespace {
 template <int kCapacity>
 struct Measurement {
   Tensors<kCapacity> tensors;
-  double* out;         // [rows, 3]
-  Partial* partials;   // [chunks]
-  uint32_t* counters;  // [tensors]
+  const float* inverse_scale;  // may be null
+  double* out;                 // [rows, 3]
+  Partial* partials;           // [chunks]
+  uint32_t* counters;          // [tensors]
 };
 
 // A thread's elements of a chunk, held in registers or read from the first-level cache each time.
-template <class T, bool kInRegisters>
+template <class T, bool kInRegisters, bool kUnscales>
 class Values {
  public:
   using Compute = typename Element<T>::Compute;
 
-  __device__ __forceinline__ explicit Values(const Span<T>& span)
-      : data_(span.data), pieces_(span) {
+  __device__ __forceinline__ Values(const Span<T>& span, Unscaling<T, kUnscales> unscaling)
+      : data_(span.data), pieces_(span), unscaling_(unscaling) {
     const int thread = static_cast<int>(threadIdx.x);
     MMBAL_UNROLL
     for (int j = 0; j < kHeld; ++j) {
       if (thread + j * kThreads < pieces_.groups) packets_[j] = load(j);
     }
-    if (pieces_.single(thread)) single_ = Element<T>::from(span.data[pieces_.single_at(thread)]);
+    if (pieces_.single(thread)) single_ = element(pieces_.single_at(thread));
   }
 
+  __device__ __forceinline__ Compute element(int at) const {
+    return Element<T>::from(unscaled(data_[at]));
+  }
   template <class F>
   __device__ __forceinline__ void each(F&& f) const {
     const int thread = static_cast<int>(threadIdx.x);
@@ -50,14 +54,20 @@ class Values {
   static constexpr int kPackets = kChunk / kThreads / kPacket;
   static constexpr int kHeld = kInRegisters ? kPackets : 1;
 
+  template <class Elements>
+  __device__ __forceinline__ Elements unscaled(const Elements& elements) const {
+    Unscaling<T, kUnscales> unscaling = unscaling_;  // what it finds, the update finds too
+    return unscaling(elements);
+  }
   __device__ __forceinline__ uint4 load(int j) const {
     const int at = pieces_.group_at(static_cast<int>(threadIdx.x) + j * kThreads);
-    return *reinterpret_cast<const uint4*>(data_ + at);
+    return unscaled(*reinterpret_cast<const uint4*>(data_ + at));
   }
 
   const T* data_;
   Pieces<kPacket> pieces_;
-  uint4 packets_[kHeld];
+  Unscaling<T, kUnscales> unscaling_;
+  uint4 packets_[kHeld] = {};  // GCC does not see that what is not loaded is not used
   Compute single_;
 };
 
@@ -102,17 +112,18 @@ __device__ __forceinline__ bool measure_in(const Values& values, int count, Shif
   return sizeof(A) == 8 || !__syncthreads_or(out_of_range);
 }
 
-template <class T>
-__device__ __forceinline__ Shifted measure(const Span<T>& span) {
+template <bool kUnscales, class T>
+__device__ __forceinline__ Shifted measure(const Span<T>& span, const float* inverse_scale) {
   using Compute = typename Element<T>::Compute;
+  const Unscaling<T, kUnscales> unscaling(inverse_scale);
   Shifted result{};
   if (sizeof(T) < 8) {
-    const Values<T, true> values(span);
+    const Values<T, true, kUnscales> values(span, unscaling);
     if (measure_in<float>(values, span.count, result)) return result;
   }
   // Doubles, and what float32 has no range for: rare enough to give it no registers.
-  const Values<T, false> values(span);
-  const Compute first = Element<T>::from(span.data[0]);
+  const Values<T, false, kUnscales> values(span, unscaling);
+  const Compute first = values.element(0);
   bool same = first - first == 0;
   values.each([&](Compute x) { same &= x == first; });
   if (__syncthreads_and(same)) return {first, 0, 0};
@@ -148,7 +159,7 @@ __device__ __forceinline__ void merge_chunks(const Partial* chunks, int total, i
   }
 }
 
-template <int kCapacity>
+template <int kCapacity, bool kUnscales>
 __global__ __launch_bounds__(kThreads, 4) void moments_kernel(
     const Measurement<kCapacity> __grid_constant__ job) {
   const int chunk = static_cast<int>(blockIdx.x);
@@ -159,7 +170,8 @@ __global__ __launch_bounds__(kThreads, 4) void moments_kernel(
   Shifted shifted{};
   with_type(static_cast<DType>(job.tensors.dtype[t]), [&](auto type) {
     using T = decltype(type);
-    shifted = measure(span_of_chunk<T>(job.tensors.data[t], count, 0, chunk - begin));
+    const auto span = span_of_chunk<T>(job.tensors.data[t], count, 0, chunk - begin);
+    shifted = measure<kUnscales>(span, job.inverse_scale);
   });
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -175,15 +187,18 @@ __global__ __launch_bounds__(kThreads, 4) void moments_kernel(
 }  // namespace
 
 template <int kCapacity>
-void launch_moments(const Tensors<kCapacity>& tensors, double* out, const Workspace& workspace,
-                    const Queue& queue) {
-  const Measurement<kCapacity> job{tensors, out, workspace.partials, workspace.tensor_counters};
-  launch(moments_kernel<kCapacity>, dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue,
-         job);
+void launch_moments(const Tensors<kCapacity>& tensors, const float* inverse_scale, double* out,
+                    const Workspace& workspace, const Queue& queue) {
+  const Measurement<kCapacity> job{tensors, inverse_scale, out, workspace.partials,
+                                   workspace.tensor_counters};
+  launch(inverse_scale ? moments_kernel<kCapacity, true> : moments_kernel<kCapacity, false>,
+         dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue, job);
 }
 
-template void launch_moments(const Tensors<kFew>&, double*, const Workspace&, const Queue&);
-template void launch_moments(const Tensors<kMany>&, double*, const Workspace&, const Queue&);
+template void launch_moments(const Tensors<kFew>&, const float*, double*, const Workspace&,
+                             const Queue&);
+template void launch_moments(const Tensors<kMany>&, const float*, double*, const Workspace&,
+                             const Queue&);
 
 namespace {
 
@@ -193,7 +208,7 @@ void measure_all(const Gradient* gradient, const Gradient* end, double* out, con
   Tensors<kCapacity> tensors;
   while (gradient != end) {
     gradient = tensors.fill(gradient, end, false);
-    launch_moments(tensors, out, workspace, queue);
+    launch_moments(tensors, nullptr, out, workspace, queue);
   }
 }
 

@@ -70,16 +70,19 @@ struct Group {
     MMBAL_UNROLL
     for (int p = 0; p < kPackets; ++p) reinterpret_cast<uint4*>(data)[p] = packets[p];
   }
+  // packet <- f(packet)
+  template <class F>
+  __device__ __forceinline__ void each_packet(F&& f) {
+    MMBAL_UNROLL
+    for (int p = 0; p < kPackets; ++p) packets[p] = f(packets[p]);
+  }
   // x <- f(i, x) for element i.
   template <class F>
   __device__ __forceinline__ void transform(F&& f) {
     MMBAL_UNROLL
     for (int p = 0; p < kPackets; ++p) {
-      Compute x[Element<T>::kPacket];
-      Element<T>::unpack(packets[p], x);
-      MMBAL_UNROLL
-      for (int i = 0; i < Element<T>::kPacket; ++i) x[i] = f(p * Element<T>::kPacket + i, x[i]);
-      packets[p] = Element<T>::saturate(packets[p], Element<T>::pack(x));
+      packets[p] = transformed<T>(
+          packets[p], [&](int i, Compute x) { return f(p * Element<T>::kPacket + i, x); });
     }
   }
 };

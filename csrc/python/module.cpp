@@ -260,9 +260,6 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
   }
   modulation.status = optional_status(op, status, where);
   if (!inverse_scale.is_none()) {
-    if (where.tensor.device.device_type == kKernelDevice) {
-      throw py::type_error("modulate_: inverse_scale must not be given for tensors on cuda");
-    }
     const auto number = [&](const char* name, py::handle object) {
       const View tensor = checked(op + ": " + name, object, kDLFloat, 32);
       require_device(tensor, op + ": " + name, where, "the gradients");

@@ -161,8 +161,7 @@ def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
 
 def unscales(device: torch.device) -> bool:
     """Whether `eager_` takes ``inverse_scale`` and ``found_inf`` on this device."""
-    native = _backend.runs(device)
-    return device.type == "cpu" and native is not None and not native.build_info()["emulated"]
+    return _backend.runs(device) is not None
 
 
 def _traced_(grads: Sequence[Tensor | None], update: Update) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import _backend
-from mmbal_fast.functional import gradient_moments, modulate_, noise_like
+from mmbal_fast.functional import _modulate, gradient_moments, modulate_, noise_like
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -244,6 +246,130 @@ def test_given_moments_are_used(backend: Backend) -> None:
     moments = torch.tensor([[101.0, 0.0, 400.0]], dtype=torch.float64, device=backend.device)
     modulate_([grad], factors(backend.device, 1.0), [0], moments=moments, eps=0.0)
     torch.testing.assert_close(grad, 2 * noise_like(grad, seed=0, step=0), rtol=1e-6, atol=0)
+
+
+# --- unscaling in the same pass
+
+
+def assert_as_if_unscaled_before(
+    native: Backend,
+    grads: list[Tensor],
+    inverse: float,
+    *,
+    noise: float = 1.0,
+    moments: Tensor | None = None,
+) -> None:
+    """Bit for bit the update of gradients that were unscaled in memory, and what is reported."""
+    separate, found = copy.deepcopy(grads), False  # at the same offsets of their storages
+    for grad in separate:
+        found |= not bool(grad.isfinite().all())
+        largest = torch.finfo(grad.dtype).max
+        result = scaled(grad, inverse)
+        if grad.dtype == torch.float16:  # saturates, as everywhere
+            result = torch.where(grad.isfinite(), result.clamp(-largest, largest), result)
+        grad.copy_(result)
+    statuses = torch.zeros(2, 1, dtype=torch.int32, device=native.device)
+    counters = torch.full((2, 1), 5, device=native.device)
+    found_inf = torch.zeros((), device=native.device)
+    before = _modulate.Update(
+        factors(native.device, 1.0, 0.5),
+        [i % 2 for i in range(len(grads))],
+        noise=noise,
+        step=counters[0],
+        moments=moments,
+        status=statuses[0],
+        advance=True,
+    )
+    within = replace(
+        before,
+        step=counters[1],
+        status=statuses[1],
+        inverse_scale=factors(native.device, inverse)[0],
+        found_inf=found_inf,
+    )
+    _modulate.eager_(separate, before)
+    _modulate.eager_(grads, within)
+    for one, other in zip(grads, separate, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert found_inf.item() == found
+    assert statuses[0].item() == statuses[1].item()
+    assert counters.tolist() == [[6], [6]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("inverse", [2.0**-10, 0.3, 1.0, 3.0])
+def test_unscaled_in_the_same_pass(
+    native: Backend, dtype: torch.dtype, noise: float, inverse: float
+) -> None:
+    grads = gradients(SIZES, dtype, native.device)
+    grads += [torch.zeros(40).to(grads[0]), torch.randn(6, 5, 4, 3).to(grads[0]).transpose(0, 2)]
+    grads += [torch.randn(12, 12).to(grads[0])[:, ::2]]
+    assert_as_if_unscaled_before(native, grads, inverse, noise=noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_only_the_gradient_is_unscaled(native: Backend, dtype: torch.dtype, noise: float) -> None:
+    flat, views = surrounded(native, dtype)
+    before, inside = flat.clone(), torch.zeros_like(flat, dtype=torch.bool)
+    for view in views:
+        inside[view.storage_offset() :][: len(view)] = True
+    assert_as_if_unscaled_before(native, views, 0.3, noise=noise)
+    assert torch.equal(flat[~inside], before[~inside])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_unscaling_finds_what_is_not_finite(
+    native: Backend, dtype: torch.dtype, noise: float, bad: float
+) -> None:
+    for where in (0, 17, 64, CHUNK // 2, CHUNK, CHUNK + 4):
+        for spoiled in range(2):
+            grads = gradients([CHUNK + 5, CHUNK + 5], dtype, native.device)
+            grads[spoiled][where] = bad
+            moments = torch.tensor([[9.0, 0.0, 4.0]] * 2, dtype=torch.float64, device=native.device)
+            assert_as_if_unscaled_before(native, clones(grads), 0.5, noise=noise)
+            assert_as_if_unscaled_before(native, grads, 0.5, noise=noise, moments=moments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_unscaling_that_overflows_is_not_found(
+    native: Backend, dtype: torch.dtype, noise: float
+) -> None:
+    """The gradient was finite, so the scaler steps, as it does after its own unscaling."""
+    grads = gradients([50, CHUNK + 9], dtype, native.device)
+    grads[1][[7, CHUNK + 3]] = torch.finfo(dtype).max / 2
+    assert_as_if_unscaled_before(native, grads, 4.0, noise=noise)
+    assert grads[1].isfinite().all() == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("count", [97, 800])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_unscaling_more_tensors_than_one_launch_holds(
+    native: Backend, count: int, noise: float
+) -> None:
+    grads = [torch.randn(1 + i % 5, device=native.device) for i in range(count)]
+    grads[-1][0] = INF
+    assert_as_if_unscaled_before(native, grads, 0.3, noise=noise)
+
+
+def test_a_tensor_listed_twice_is_unscaled_once(native: Backend) -> None:
+    dense, sliced = torch.randn(50, device=native.device), torch.randn(9, 8, device=native.device)
+    for grad in (dense, sliced[:, ::3]):
+        twin, expected = grad.clone(), 0.25 * grad
+        inverse = factors(native.device, 0.25)[0]
+        update = _modulate.Update(
+            factors(native.device, 1.0),
+            [0, 0],
+            noise=0.0,
+            inverse_scale=inverse,
+            found_inf=torch.zeros_like(inverse),
+        )
+        _modulate.eager_([twin, twin], update)
+        assert torch.equal(twin, expected)
 
 
 # --- lists and layouts

@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 import mmbal_fast
 from mmbal_fast.functional import _modulate
+
+if TYPE_CHECKING:
+    from tests.conftest import Backend
 
 Logits = dict[str, Tensor]
 SCALE = 2.0**10  # a power of two: scaling and unscaling are exact
@@ -63,8 +66,10 @@ def batch_of(step: int, size: int = 8) -> tuple[Logits, Tensor]:
 
 
 def backward(net: nn.Module, step: int, scaler: GradScaler | None = None) -> tuple[Logits, Tensor]:
+    device = next(net.parameters()).device
     batch, target = batch_of(step)
-    fused, logits = net(batch)
+    target = target.to(device)
+    fused, logits = net({name: each.to(device) for name, each in batch.items()})
     loss = nn.functional.cross_entropy(fused, target)
     (loss if scaler is None else scaler.scale(loss)).backward()
     return logits, target
@@ -132,15 +137,15 @@ def scaled_step(
 @pytest.mark.parametrize("noise", [1.0, 0.0])
 @pytest.mark.parametrize("fused_optimizer", [False, True])
 def test_training_with_a_scaler_equals_training_without(
-    unscaling: Unscale, noise: float, fused_optimizer: bool
+    native: Backend, unscaling: Unscale, noise: float, fused_optimizer: bool
 ) -> None:
     def adam(net: Net) -> torch.optim.Optimizer:
         return torch.optim.Adam(net.parameters(), lr=0.01, fused=fused_optimizer)
 
-    plain, scaled = Net(), Net()
+    plain, scaled = Net().to(native.device), Net().to(native.device)
     train(plain, plain.balancer(noise=noise), range(5), adam(plain))
     balancer, optimizer = scaled.balancer(noise=noise), adam(scaled)
-    scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=2)
+    scaler = GradScaler(native.device.type, init_scale=SCALE, growth_interval=2)
     for step in range(5):
         record = scaled_step(scaled, balancer, scaler, optimizer, step, unscaling)
         assert not record.skipped
@@ -150,11 +155,13 @@ def test_training_with_a_scaler_equals_training_without(
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.0])
-def test_steps_that_the_scaler_skips_leave_no_trace(unscaling: Unscale, noise: float) -> None:
+def test_steps_that_the_scaler_skips_leave_no_trace(
+    native: Backend, unscaling: Unscale, noise: float
+) -> None:
     """An inf in each gradient in turn, in its first, middle and last element."""
-    net, other = Net(), Net()
+    net, other = Net().to(native.device), Net().to(native.device)
     balancer, optimizer = net.balancer(noise=noise), sgd(net)
-    scaler = GradScaler("cpu", init_scale=2.0**100)
+    scaler = GradScaler(native.device.type, init_scale=2.0**100)
     scaled_step(net, balancer, scaler, optimizer, 0, unscaling)
     before, state, scale = net.bits(), balancer.state_dict(), scaler.get_scale()
     for name, parameter in net.named_parameters():
@@ -184,10 +191,10 @@ def test_steps_that_the_scaler_skips_leave_no_trace(unscaling: Unscale, noise: f
 @pytest.mark.parametrize("spoiled", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 3.0, SCALE])
 def test_fused_unscaling_equals_the_scaler_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, noise: float, spoiled: bool, scale: float
+    native: Backend, monkeypatch: pytest.MonkeyPatch, noise: float, spoiled: bool, scale: float
 ) -> None:
-    """Every type, many chunks, gaps, other layouts, a tensor that is listed twice."""
-    assert _modulate.unscales(torch.device("cpu"))
+    """Every type that scalers take, many chunks, gaps, other layouts."""
+    assert _modulate.unscales(native.device)
     generator = torch.Generator().manual_seed(1)
 
     def grads() -> list[Tensor]:
@@ -203,21 +210,22 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
         ]
         if spoiled:
             made[1][3, 3] = torch.nan
-        return made
+        return [each.to(native.device) for each in made]
 
-    equal = {"a": torch.zeros(4, 3), "b": torch.zeros(4, 3)}
+    equal = {name: torch.zeros(4, 3, device=native.device) for name in "ab"}
     equal["a"][:, 0] = 1.0
     results, states = [], []
     for fused in (True, False):
         monkeypatch.setattr(_modulate, "unscales", lambda device, fused=fused: fused)
         made = grads()
         parameters = [nn.Parameter(torch.zeros_like(each)) for each in made]
-        head = nn.Parameter(torch.zeros(3))
-        for parameter, grad in zip([*parameters, head], [*made, torch.ones(3)], strict=True):
+        head = nn.Parameter(torch.zeros(3, device=native.device))
+        made.append(torch.ones_like(head))
+        for parameter, grad in zip([*parameters, head], made, strict=True):
             parameter.grad = grad
-        frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
-        frozen.grad = torch.ones(2, 2)
-        without = nn.Parameter(torch.zeros(2, 2))
+        frozen = nn.Parameter(torch.zeros(2, 2, device=native.device), requires_grad=False)
+        frozen.grad = torch.ones_like(frozen)
+        without = nn.Parameter(torch.zeros_like(frozen))
         own = [*parameters, head, frozen, without]
         optimizer = torch.optim.SGD([{"params": own[:3]}, {"params": own[3:]}])
         balancer = mmbal_fast.OGMGE(
@@ -225,9 +233,9 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
             alpha=0.5,
             noise=noise,
         )
-        scaler = GradScaler("cpu", init_scale=scale)
-        scaler.scale(torch.ones(()))
-        target = torch.zeros(4, dtype=torch.int64)
+        scaler = GradScaler(native.device.type, init_scale=scale)
+        scaler.scale(torch.ones((), device=native.device))
+        target = torch.zeros(4, dtype=torch.int64, device=native.device)
         balancer.step(equal, target, grad_scaler=scaler, optimizer=optimizer)
         state = scaler._per_optimizer_states[id(optimizer)]
         assert state["stage"] is OptState.UNSCALED
@@ -235,10 +243,11 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
         results.append([each.grad for each in own if each.grad is not None])
         status = balancer._status.item()
         assert status == (_modulate.NON_FINITE_GRADIENT if spoiled else 0)
-    assert states[0] == states[1] == {torch.device("cpu"): torch.tensor(float(spoiled))}
+    for state in states:
+        assert [found.item() for found in state.values()] == [float(spoiled)]
     for first, second in zip(*results, strict=True):
         assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0))
-    assert torch.equal(results[0][7], torch.ones(3) / scale)  # not modulated
+    assert torch.equal(results[0][7].cpu(), torch.ones(3) / scale)  # not modulated
 
 
 def test_unscaling_twice_is_refused_as_ever() -> None:
