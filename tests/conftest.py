@@ -32,8 +32,8 @@ class Backend:
         return self.name.startswith("cuda")
 
     @property
-    def slow(self) -> bool:
-        """Whether a million elements take seconds."""
+    def emulated(self) -> bool:
+        """Whether csrc/cuda runs on the CPU: a million elements take seconds."""
         return self.name == "cuda-emulated"
 
 

@@ -542,6 +542,12 @@ py::dict build_info() {
 }  // namespace
 }  // namespace mmbal
 
+#if defined(MMBAL_CUDA_EMULATED)
+namespace emulation {
+void bind(pybind11::module_& m);  // what tests ask of the stand-in for CUDA
+}
+#endif
+
 PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   using namespace pybind11::literals;
   using namespace mmbal;
@@ -570,4 +576,7 @@ PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   m.def("cpu_isas", &supported_isas);
   m.def("cuda_device_count", &cuda::device_count);
   m.def("cuda_unavailable", &cuda::unavailable);
+#if defined(MMBAL_CUDA_EMULATED)
+  emulation::bind(m);
+#endif
 }

@@ -197,9 +197,8 @@ class Order {
 
 // One grid. Its workers share it.
 struct Launch {
-  const cudaLaunchConfig_t* config;
-  void (*run)(void*);
-  void* arguments;
+  const cudaLaunchConfig_t& config;
+  const std::function<void()>& run;
   uint64_t seed;
   uint64_t blocks;
   Order order;
@@ -238,9 +237,9 @@ class Worker {
   void run(Launch& launch) {
     current = this;
     launch_ = &launch;
-    blockDim = launch.config->blockDim;
-    gridDim = launch.config->gridDim;
-    const size_t dynamic_bytes = launch.config->dynamicSmemBytes;
+    blockDim = launch.config.blockDim;
+    gridDim = launch.config.gridDim;
+    const size_t dynamic_bytes = launch.config.dynamicSmemBytes;
     dynamic_ = dynamic_bytes ? std::malloc(dynamic_bytes) : nullptr;
     for (uint64_t i; !launch.failed && (i = launch.next++) < launch.blocks;) {
       const uint64_t block = launch.order[i];
@@ -267,7 +266,7 @@ class Worker {
 
   void fiber_main() {
     running_->stack->entered();
-    launch_->run(launch_->arguments);
+    launch_->run();
     running_->state = Fiber::exited;
     running_->stack->leave(true);
   }
@@ -464,6 +463,45 @@ cudaError_t record(cudaError_t error) {
   return error;
 }
 
+struct Capture {
+  std::unique_ptr<Graph> graph;  // null: none is going on
+  bool spoiled = false;
+};
+Capture capture;
+
+// Whether a capture is going on; it is then worth nothing any more.
+bool spoils_capture() {
+  if (!capture.graph) return false;
+  capture.spoiled = true;
+  record(cudaErrorStreamCaptureUnsupported);
+  return true;
+}
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& run) {
+  static std::mutex one_at_a_time;
+  static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++counters().launches;
+
+  const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
+  const uint64_t blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
+#ifdef MMBAL_EMULATION_ASAN
+  const uint64_t workers = 1;  // they would share `__shared__`
+#else
+  const uint64_t workers = std::min(
+      {std::max<uint64_t>(environment("MMBAL_EMULATION_THREADS", 1), 1), blocks, uint64_t{64}});
+#endif
+  while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
+  Launch state{config, run, seed, blocks, Order(seed, blocks), static_cast<int>(workers), {},
+               {},     {},  0,    0};
+  std::vector<std::thread> threads;
+  for (uint64_t i = 1; i < workers; ++i)
+    threads.emplace_back([&state, worker = pool[i].get()] { worker->run(state); });
+  pool[0]->run(state);
+  for (std::thread& thread : threads) thread.join();
+  return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
+}
+
 bool valid(const dim3& size, uint64_t x, uint64_t y, uint64_t z) {
   return size.x >= 1 && size.y >= 1 && size.z >= 1 && size.x <= x && size.y <= y && size.z <= z;
 }
@@ -500,47 +538,45 @@ Counters& counters() {
   return counters;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*),
-                   void* arguments) {
+cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes,
+                   std::function<void()> run) {
   constexpr size_t most_shared = 227 * 1024, most_parameters = 32764;
-  if (config == nullptr) return record(cudaErrorInvalidValue);
-  const dim3 &grid = config->gridDim, &block = config->blockDim;
+  const dim3 &grid = config.gridDim, &block = config.blockDim;
   if (!valid(grid, 0x7fffffff, 65535, 65535) || !valid(block, 1024, 1024, 64) ||
       uint64_t{block.x} * block.y * block.z > 1024)
     return record(cudaErrorInvalidConfiguration);
-  if (parameter_bytes > most_parameters || config->dynamicSmemBytes > most_shared)
+  if (parameter_bytes > most_parameters || config.dynamicSmemBytes > most_shared)
     return record(cudaErrorInvalidValue);
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative)
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative)
       return record(cudaErrorNotSupported);
+  if (capture.graph) {
+    if (capture.spoiled) return record(cudaErrorStreamCaptureInvalidated);
+    capture.graph->launches.push_back([config, run] { return run_grid(config, run); });
+    return cudaSuccess;
+  }
+  return run_grid(config, run);
+}
 
-  static std::mutex one_at_a_time;
-  static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
-  std::lock_guard<std::mutex> lock(one_at_a_time);
-  ++counters().launches;
+cudaError_t Graph::replay() const {
+  for (const auto& launch : launches) {
+    const cudaError_t error = launch();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
-  const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-#ifdef MMBAL_EMULATION_ASAN
-  const uint64_t workers = 1;  // they would share `__shared__`
-#else
-  const uint64_t workers = std::min(
-      {std::max<uint64_t>(environment("MMBAL_EMULATION_THREADS", 1), 1), blocks, uint64_t{64}});
-#endif
-  while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
-  Launch state{config, run, arguments, seed, blocks, Order(seed, blocks), static_cast<int>(workers),
-               {},     {},  {},        0,    0};
-  std::vector<std::thread> threads;
-  for (uint64_t i = 1; i < workers; ++i)
-    threads.emplace_back([&state, worker = pool[i].get()] { worker->run(state); });
-  pool[0]->run(state);
-  for (std::thread& thread : threads) thread.join();
-  return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
+void begin_capture() { capture = {std::make_unique<Graph>(), false}; }
+
+std::unique_ptr<Graph> end_capture() {
+  Capture ended = std::exchange(capture, {});
+  return ended.spoiled ? nullptr : std::move(ended.graph);
 }
 
 cudaError_t allocate(void** pointer, size_t bytes) {
-  ++counters().allocations;
   *pointer = nullptr;
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
+  ++counters().allocations;
   if (bytes == 0) return cudaSuccess;
   if (posix_memalign(pointer, 256, bytes) != 0) return record(cudaErrorMemoryAllocation);
   std::memset(*pointer, 0xff, bytes);
@@ -555,8 +591,10 @@ cudaError_t occupancy(int* blocks, int block_size) {
 
 }  // namespace emulation
 
+using emulation::capture;
 using emulation::counters;
 using emulation::record;
+using emulation::spoils_capture;
 
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
@@ -642,34 +680,41 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaDeviceSynchronize() {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   ++counters().synchronisations;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaDeviceSynchronize(); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = !capture.graph    ? cudaStreamCaptureStatusNone
+            : capture.spoiled ? cudaStreamCaptureStatusInvalidated
+                              : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* pointer) {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   std::free(pointer);
   return pointer == nullptr ? cudaSuccess : cudaDeviceSynchronize();
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   std::free(pointer);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t) {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   counters().copies_to_host += kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDefault;
   if (bytes != 0) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
-  return cudaDeviceSynchronize();
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  return error == cudaSuccess ? cudaDeviceSynchronize() : error;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   if (bytes != 0) std::memset(to, value, bytes);
   return cudaSuccess;
 }

@@ -329,6 +329,61 @@ void host() {
 #endif
 }
 
+// ---- captured launches
+
+struct Addition {
+  int* sum;
+  int by;
+};
+
+__global__ void add(const Addition __grid_constant__ addition) { *addition.sum += addition.by; }
+
+#ifdef MMBAL_CUDA_EMULATED
+void capture() {
+  int sum = 0;
+  Addition addition{&sum, 1};
+  cudaStreamCaptureStatus status;
+  emulation::begin_capture();
+  REQUIRE(start(1, 1, add, addition) == cudaSuccess);
+  addition.by = 10;
+  REQUIRE(start(1, 1, add, addition) == cudaSuccess);
+  REQUIRE(start(0, 1, add, addition) == cudaErrorInvalidConfiguration);
+  addition.by = 100;
+  REQUIRE(cudaStreamIsCapturing(nullptr, &status) == cudaSuccess);
+  REQUIRE(status == cudaStreamCaptureStatusActive);
+  const auto graph = emulation::end_capture();
+  REQUIRE(sum == 0 && graph != nullptr && graph->launches.size() == 2);
+  for (int i = 1; i <= 3; ++i) {
+    REQUIRE(graph->replay() == cudaSuccess);
+    REQUIRE(sum == 11 * i);
+  }
+
+  int* memory = nullptr;
+  const std::vector<std::function<cudaError_t()>> forbidden = {
+      [&] { return cudaMalloc(&memory, 4); },
+      [&] { return cudaMallocAsync(&memory, 4, nullptr); },
+      [&] { return cudaFree(&sum); },
+      [&] { return cudaFreeAsync(&sum, nullptr); },
+      [&] { return cudaMemcpy(&sum, &addition.by, 4, cudaMemcpyDeviceToHost); },
+      [&] { return cudaMemcpyAsync(&sum, &addition.by, 4, cudaMemcpyDeviceToHost, nullptr); },
+      [&] { return cudaMemset(&sum, 0, 4); },
+      [&] { return cudaDeviceSynchronize(); },
+      [&] { return cudaStreamSynchronize(nullptr); },
+  };
+  for (const auto& call : forbidden) {
+    emulation::begin_capture();
+    REQUIRE(call() == cudaErrorStreamCaptureUnsupported);
+    REQUIRE(start(1, 1, add, addition) == cudaErrorStreamCaptureInvalidated);
+    REQUIRE(cudaStreamIsCapturing(nullptr, &status) == cudaSuccess);
+    REQUIRE(status == cudaStreamCaptureStatusInvalidated);
+    REQUIRE(emulation::end_capture() == nullptr);
+  }
+  REQUIRE(sum == 33);
+  REQUIRE(start(1, 1, add, addition) == cudaSuccess);
+  REQUIRE(sum == 133);
+}
+#endif
+
 // ---- memory errors, for the sanitizers to find
 
 __global__ void writes(float* out, float* offset) {
@@ -377,6 +432,9 @@ int main(int argc, char** argv) {
       {"divergent_barrier_2", [] { divergent_barrier(2); }},
       {"atomics_and_parameters", atomics_and_parameters},
       {"host", host},
+#ifdef MMBAL_CUDA_EMULATED
+      {"capture", capture},
+#endif
       {"shared_overflow", shared_overflow},
       {"global_overflow", global_overflow},
       {"misaligned", misaligned},

@@ -49,8 +49,9 @@ def test_kernels_give_the_right_answer_in_any_order(
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 
-def test_host_api(selftest: Path) -> None:
-    result = run(selftest, "host")
+@pytest.mark.parametrize("case", ["host", "capture"])
+def test_host_api(selftest: Path, case: str) -> None:
+    result = run(selftest, case)
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 

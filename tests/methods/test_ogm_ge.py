@@ -736,7 +736,7 @@ def test_steps_leave_nothing_behind(native: Backend) -> None:
     assert len(gc.get_objects()) <= objects + 5
     assert grown < 8000  # 80 steps
     assert {key: each.data_ptr() for key, each in _backend._workspaces.items()} == workspaces
-    steps(30 if native.slow else 300)
+    steps(30 if native.emulated else 300)
     assert resident_bytes() - resident < 4 << 20
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmbal_fast
 from mmbal_fast.functional import _modulate
@@ -658,40 +659,97 @@ def test_compiled_accumulation_between_eager_backward_and_optimizer(
     assert torch.equal(nets[0].bits(), nets[1].bits())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_replayed_graph_draws_new_noise() -> None:
-    """What three steps do that are captured once equals what they do one by one."""
-    results = []
-    for captured in (False, True):
-        net = Net().cuda()
-        balancer = net.balancer()
-        batch, target = batch_of(0)
-        logits = {name: torch.randn(8, 3).cuda() for name in batch}
-        target = target.cuda()
-        for parameter in net.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        grads = [each.grad for each in net.parameters()]
-        fresh = [torch.randn(each.shape, device="cuda") for each in grads]
+class OnlyViews(TorchDispatchMode):
+    """Refuses torch's own work, which a replay of the kernels alone would leave out."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        assert func.is_view, f"{func} would not be captured"
+        return func(*args, **(kwargs or {}))
+
+
+def captured(native: Backend, step: Callable[[], object]) -> Callable[[], None]:
+    """What replays a step that is captured instead of run."""
+    if not native.emulated:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+    native.native.begin_capture()
+    try:
+        with OnlyViews():
+            step()
+    finally:
+        launches = native.native.end_capture()
+    assert launches is not None
+    return launches.replay
+
+
+def three_steps(native: Backend, noise: float, *, replayed: bool) -> Tensor:
+    """The gradients after each of three steps from the same ones, after a first step."""
+    net = Net()
+    net.audio.append(nn.Linear(90, 150))  # of several chunks
+    fresh = [torch.randn(each.shape).to(native.device) for each in net.parameters()]
+    logits = {name: torch.randn(8, 3).to(native.device) for name in ("audio", "image")}
+    target = torch.randint(3, (8,)).to(native.device)
+    net.to(native.device)
+    balancer = net.balancer(noise=noise)
+    grads = [each.clone() for each in fresh]
+    for parameter, grad in zip(net.parameters(), grads, strict=True):
+        parameter.grad = grad
+
+    def step() -> None:
+        balancer.step(logits, target)
+
+    def flat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([each.flatten() for each in tensors])
+
+    def restore() -> None:
         for grad, values in zip(grads, fresh, strict=True):
             grad.copy_(values)
+
+    if native.emulated:
+        step()  # allocates
+    else:
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            balancer.step(logits, target)  # allocates
+            step()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                balancer.step(logits, target)
-        seen = []
-        for _ in range(3):
-            for grad, values in zip(grads, fresh, strict=True):
-                grad.copy_(values)
-            if captured:
-                graph.replay()
-            else:
-                balancer.step(logits, target)
-            seen.append(torch.cat([each.flatten() for each in grads]))
-        assert balancer.state_dict()["step"] == 4
-        assert not torch.equal(seen[0], seen[1])
-        results.append(torch.stack(seen))
-    assert torch.equal(*results)
+    restore()
+    again = captured(native, step) if replayed else step
+    assert torch.equal(flat(grads), flat(fresh))  # nothing ran
+    assert balancer.state_dict()["step"] == 1
+    seen = []
+    for _ in range(3):
+        restore()
+        again()
+        seen.append(flat(grads))
+    assert balancer.state_dict()["step"] == 4
+    assert not torch.equal(seen[0], flat(fresh))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("native", ["cuda-emulated", "cuda"], indirect=True)
+@pytest.mark.parametrize("noise", [1.0, 0.0])
+def test_a_replayed_graph_draws_new_noise(native: Backend, noise: float) -> None:
+    """What three steps do that are captured once equals what they do one by one."""
+    eager = three_steps(native, noise, replayed=False)
+    assert torch.equal(three_steps(native, noise, replayed=True), eager)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert torch.equal(eager[one], eager[other]) == (noise == 0)
+
+
+@pytest.mark.parametrize("native", ["cuda-emulated"], indirect=True)
+def test_a_capture_refuses_what_a_graph_cannot_hold(native: Backend) -> None:
+    def allocates() -> None:
+        native.native.philox4x32([0] * 4, [0] * 2, 10, True)
+
+    def copies() -> None:
+        torch.ones(2).mul_(2)
+
+    with pytest.raises(RuntimeError, match="cudaMalloc: cudaErrorStreamCaptureUnsupported"):
+        captured(native, allocates)
+    with pytest.raises(AssertionError, match=r"aten.* would not be captured"):
+        captured(native, copies)
+    captured(native, lambda: None)

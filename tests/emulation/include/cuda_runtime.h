@@ -30,9 +30,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define MMBAL_CUDA_EMULATED 1
 #define CUDART_VERSION 13000
@@ -388,6 +391,8 @@ inline double max(double a, double b) { return fmax(a, b); }
   X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                  \
   X(cudaErrorNotSupported, 801, "operation not supported")                                      \
   X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
+  X(cudaErrorStreamCaptureInvalidated, 901,                                                     \
+    "operation failed due to a previous error during capture")                                  \
   X(cudaErrorUnknown, 999, "unknown error")
 
 enum cudaError_t {
@@ -494,8 +499,22 @@ Counters& counters();
 
 cudaError_t allocate(void** pointer, size_t bytes);
 cudaError_t occupancy(int* blocks, int block_size);
-cudaError_t launch(const cudaLaunchConfig_t* config, size_t parameter_bytes, void (*run)(void*),
-                   void* arguments);
+// `run` calls the kernel with its arguments.
+cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes,
+                   std::function<void()> run);
+
+// Stream capture, for tests: launches between begin_capture() and end_capture() are kept with a
+// copy of their arguments instead of run. Whatever else would queue work, wait or allocate fails
+// with cudaErrorStreamCaptureUnsupported and spoils the capture. (CUDA can capture some copies and
+// memsets; no kernel here needs them.)
+struct Graph {
+  std::vector<std::function<cudaError_t()>> launches;
+
+  // Runs the launches one after another, up to the first that fails.
+  cudaError_t replay() const;
+};
+void begin_capture();
+std::unique_ptr<Graph> end_capture();  // null where the capture was spoiled
 
 template <class... T>
 constexpr size_t parameter_bytes() {
@@ -528,14 +547,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                ActTypes&&... args) {
   static_assert((std::is_trivially_copyable<std::decay_t<ExpTypes>>::value && ...),
                 "parameters are copied as bytes");
-  using Parameters = std::tuple<std::decay_t<ExpTypes>...>;
-  using Call = std::pair<void (*)(ExpTypes...), Parameters>;
-  Call call{kernel, Parameters(std::forward<ActTypes>(args)...)};
   return emulation::launch(
-      config, emulation::parameter_bytes<std::decay_t<ExpTypes>...>(),
-      [](void* pointer) {
-        Call& c = *static_cast<Call*>(pointer);
-        std::apply(c.first, c.second);
-      },
-      &call);
+      *config, emulation::parameter_bytes<std::decay_t<ExpTypes>...>(),
+      [kernel, parameters = std::tuple<std::decay_t<ExpTypes>...>(
+                   std::forward<ActTypes>(args)...)] { std::apply(kernel, parameters); });
 }
