@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from mmbal_fast.integrations.transformers import OGMGECallback
+from tests.host_reads import host_reads
 from tests.integrations import training
 from tests.integrations.training import Digits, Net
 
@@ -146,24 +146,24 @@ def test_logs_with_the_trainer(tmp_path: Path) -> None:
     assert not any("modulation/ratio/gray" in row for row in other)
 
 
-def test_reads_the_device_only_to_log(tmp_path: Path, host_reads: Callable[[], Any]) -> None:
+def test_reads_the_device_only_to_log(tmp_path: Path) -> None:
     counts = []
 
     class OGMGECallbackThatCounts(OGMGECallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            with host_reads() as reads:
+            with host_reads() as found:
                 super().on_step_begin(*args, **kwargs)
-            counts.append(reads.count)
+            counts.append(len(found))
 
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            with host_reads() as reads:
+            with host_reads() as found:
                 super().on_pre_optimizer_step(*args, **kwargs)
-            counts.append(reads.count)
+            counts.append(len(found))
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:
-            with host_reads() as reads:
+            with host_reads() as found:
                 super().on_log(*args, **kwargs)
-            counts.append(reads.count)
+            counts.append(len(found))
 
     make_trainer(Net(), tmp_path, OGMGECallbackThatCounts(), logging_steps=4).train()
     assert [count > 0 for count in counts] == ([False] * 8 + [True]) * 2 + [False]

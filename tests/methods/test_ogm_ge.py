@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmbal_fast import OGMGE, _backend, functional
 from mmbal_fast.nn import unimodal_logits
+from tests.host_reads import host_reads
 from tests.methods.published_loop import AudioVisual, published_step
 
 if TYPE_CHECKING:
@@ -611,77 +611,10 @@ def test_gradients_in_channels_last(backend: Backend) -> None:
 
 # --- nothing is read by the host, nothing grows
 
-READS = ["item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"]
-READS += ["__array__", "__contains__", "nonzero"]
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "unique"):
-            self.found.append(name)
-        if name in ("masked_select", "_unique2", "bincount", "is_pinned", "_pin_memory"):
-            self.found.append(name)
-        result = func(*args, **kwargs)
-        if name in ("_to_copy", "copy_") and result.is_cpu and not args[name == "copy_"].is_cpu:
-            self.found.append(f"{name} to cpu")
-        return result
-
-
-@contextmanager
-def host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the host reads: by operators, by methods (some dispatch nothing), by CUDA's own word."""
-    mode = HostReads()
-    with monkeypatch.context() as patch, mode:
-        for name in READS:
-            method = getattr(Tensor, name)
-
-            def counted(self: Tensor, *args: Any, _name: str = name, _method: Any = method) -> Any:
-                mode.found.append(f"Tensor.{_name}")
-                return _method(self, *args)
-
-            patch.setattr(Tensor, name, counted)
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield mode.found
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-
-
-def test_host_reads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.ones(3)
-    ways: list[Callable[[], Any]] = [
-        lambda: tensor.sum().item(),
-        lambda: bool(tensor.any()),
-        lambda: float(tensor[0]),
-        lambda: tensor.tolist(),
-        lambda: tensor.numpy(),
-        lambda: tensor.cpu(),
-        lambda: torch.equal(tensor, tensor),
-        lambda: tensor.nonzero(),
-        lambda: 1.0 in tensor,
-        lambda: [0, 1, 2][tensor[0].long()],
-    ]
-    for way in ways:
-        with host_reads(monkeypatch) as found:
-            way()
-        assert found
-
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("rule", ["cvpr2022", lambda ratios: 1 / ratios.clamp(min=1)])
-def test_no_host_read_in_a_step(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch, soft: bool, rule: Any
-) -> None:
+def test_no_host_read_in_a_step(backend: Backend, soft: bool, rule: Any) -> None:
     if backend.native is None and not soft:
         pytest.skip("labels on the CPU are checked at once")
     net, (x, target) = net_on(backend, 3), batch(backend)
@@ -692,7 +625,7 @@ def test_no_host_read_in_a_step(
     labels = nn.functional.one_hot(target, 3).float() if soft else target
     balancer = OGMGE(net.encoders, alpha=0.7, rule=rule)
     balancer.step(logits, labels)  # the first may move its buffers to the device
-    with host_reads(monkeypatch) as found:
+    with host_reads() as found:
         balancer.observe(logits, labels)
         balancer.observe(logits, labels)
         balancer.step()
