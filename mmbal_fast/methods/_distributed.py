@@ -165,7 +165,7 @@ class ShardLayout:
     @torch.no_grad()
     def local_gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """This rank's elements of every gradient, which change with them."""
-        return [_local(parameter) for parameter in parameters]
+        return [local_gradient(parameter) for parameter in parameters]
 
     @torch.no_grad()
     def complete_(self, moments: Tensor) -> None:
@@ -211,6 +211,27 @@ class ShardLayout:
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor; without importing what few trainings need."""
     return hasattr(tensor, "placements")
+
+
+def shard_count(tensor: Any) -> int:
+    """Over how many ranks the elements are spread; 1 where every rank has all of them."""
+    groups = _shard_groups(tensor) if is_distributed(tensor) else ()
+    return math.prod(group.size() for group in groups)
+
+
+def local_gradient(parameter: Any) -> Tensor | None:
+    """This rank's elements of a parameter's gradient; None if it has none, or is frozen."""
+    gradient: Any = parameter.grad if parameter.requires_grad else None
+    if gradient is None or not is_distributed(parameter):
+        return gradient  # type: ignore[no-any-return]
+    if gradient.placements != parameter.placements:  # sums that are still to be taken
+        gradient = gradient.redistribute(placements=parameter.placements)
+        parameter.grad = gradient
+    local: Any = gradient.to_local()
+    if not local.is_contiguous() and local.shape != gradient.shape:
+        parameter.grad = gradient = gradient.contiguous()
+        local = gradient.to_local()
+    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
 
 
 def _signed(value: int) -> int:
@@ -270,18 +291,3 @@ def _is_block(parameter: Any, mesh_dim: int) -> bool:
     )
     even = parameter.shape[dim] % (mesh.size(mesh_dim) * inner) == 0
     return bool(split_factor == 1 or (even and split_factor == inner))
-
-
-def _local(parameter: Any) -> Tensor | None:
-    """This rank's elements of a parameter's gradient."""
-    gradient: Any = parameter.grad if parameter.requires_grad else None
-    if gradient is None or not is_distributed(parameter):
-        return gradient  # type: ignore[no-any-return]
-    if gradient.placements != parameter.placements:  # sums that are still to be taken
-        gradient = gradient.redistribute(placements=parameter.placements)
-        parameter.grad = gradient
-    local: Any = gradient.to_local()
-    if not local.is_contiguous() and local.shape != gradient.shape:
-        parameter.grad = gradient = gradient.contiguous()
-        local = gradient.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -73,7 +74,8 @@ class GreedyBalancing:
         branches: the branches' own modules in the order of the MMTMs, see
             `ConditionalLearningSpeed.from_model`. Default: the model's children.
         log_size: number of steps that `log` remembers; ``8 * (M + 3)`` bytes each. Default 4096.
-        process_group: see `ConditionalLearningSpeed`; needed for sharded parameters only.
+        process_group: whose ranks measure and decide together; default all ranks if
+            torch.distributed is initialised. See `ConditionalLearningSpeed`.
 
     Raises:
         ValueError: ``warmup_steps`` or ``epsilon`` negative or NaN, ``window`` or ``log_size``
@@ -140,10 +142,11 @@ class GreedyBalancing:
         device = self.learning_speed.speed.device
         count = len(self.branch_names)
         self._numbers = torch.arange(count, device=device)
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        # Each [1], to be joined to a row of the log.
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._remaining = torch.zeros_like(self._step)
         self._branch = torch.full_like(self._step, -1)
-        # One row more than is remembered: it takes what a non-finite step would log.
+        # A ring with one row more than is remembered: the next step's, which holds nothing yet.
         self._log = torch.zeros(log_size + 1, 3 + count, dtype=torch.float64, device=device)
         self._enabled = True
 
@@ -174,35 +177,33 @@ class GreedyBalancing:
         """
         measure = self.learning_speed
         if not self._enabled:
-            return GreedyRecord(measure.speed, measure.difference, self._branch.clone())
-        before = self._branch.clone()
-        rebalancing = self._remaining > 0
-        finite = measure.update(active=~rebalancing)
+            return GreedyRecord(measure.speed, measure.difference, self._branch[0].clone())
+        regular = self._remaining == 0
+        finite = measure.update(active=regular[0])
+        speed = measure.speed
+        difference = measure.compared(speed)
+        largest, fastest = difference.max(0, keepdim=True)
+        row = self._step % len(self._log)  # written again if this step does not count
         self._step.add_(finite)
-        speed, difference = measure.speed, measure.difference
-        largest, fastest = difference.max(0)
-        start = finite & ~rebalancing & (self._step > self.warmup_steps)
-        start &= largest > self.epsilon  # false where a speed is undefined: NaN is the maximum
-        left = self._remaining - (rebalancing & finite).to(torch.int64)
-        self._remaining.copy_(torch.where(start, self.window, left))
-        kept = torch.where(left > 0, before, -1)
-        self._branch.copy_(torch.where(start, fastest, kept))
-        self._set_gates()
+        start = largest > self.epsilon
+        start &= largest < math.inf  # a branch whose speed is undefined is infinitely far away
+        start &= self._step > self.warmup_steps
+        start &= regular
+        start &= finite
         decision = torch.where(start, fastest, -1)
-        row = torch.cat([torch.stack([self._step, before, decision]).to(speed.dtype), speed])
-        last = len(self._log) - 1
-        index = torch.where(finite, (self._step - 1) % last, last)
-        self._log.index_copy_(0, index.view(1), row.view(1, -1))
-        return GreedyRecord(speed, difference, self._branch.clone())
+        logged = torch.cat([self._step, self._branch, decision, speed])
+        self._log.index_copy_(0, row, logged.unsqueeze(0))
+        self._remaining.add_(finite, alpha=-1).clamp_(min=0).masked_fill_(start, self.window)
+        torch.maximum(self._branch, decision, out=self._branch)
+        self._branch.masked_fill_(self._remaining == 0, -1)
+        self._set_gates()
+        return GreedyRecord(speed, difference, self._branch[0].clone())
 
     @property
     def log(self) -> GreedyLog:
         """The last steps, oldest first. Reading it waits for the device, for one number."""
-        size = len(self._log) - 1
-        done = int(self._step)
-        kept = min(done, size)
-        order = torch.arange(done - kept, done, device=self._log.device) % size
-        rows = self._log[order]
+        rows = self._log[self._remembered()]
+        rows = rows[max(0, len(rows) - int(self._step)) :]
         step, rebalanced, decision = rows[:, :3].to(torch.int64).unbind(1)
         return GreedyLog(step, rebalanced, decision, rows[:, 3:])
 
@@ -213,7 +214,7 @@ class GreedyBalancing:
             "step": self._step.clone(),
             "remaining": self._remaining.clone(),
             "branch": self._branch.clone(),
-            "log": self._log[:-1].clone(),
+            "log": self._log[self._remembered()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -232,10 +233,14 @@ class GreedyBalancing:
         self._step.copy_(state["step"])
         self._remaining.copy_(state["remaining"])
         self._branch.copy_(state["branch"])
-        self._log[:-1].copy_(state["log"])
+        self._log[self._remembered()] = state["log"].to(self._log)
         self._set_gates()
 
+    def _remembered(self) -> Tensor:
+        """The rows of the log, oldest first: all but the one that the next step writes."""
+        size = len(self._log)
+        return (self._step + torch.arange(1, size, device=self._log.device)) % size
+
     def _set_gates(self) -> None:
-        chosen = self._numbers == self._branch
-        for mmtm in self._mmtms:
-            mmtm.average_gate.copy_(chosen)
+        gates = [mmtm.average_gate for mmtm in self._mmtms]
+        torch._foreach_copy_(gates, [self._numbers == self._branch] * len(gates))

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from mmbal_fast.functional._moments import gradient_moments_eager
 from mmbal_fast.functional._norms import accumulate_speeds_
+from mmbal_fast.methods._distributed import (
+    is_distributed,
+    local_gradient,
+    resolve_group,
+    shard_count,
+)
 from mmbal_fast.methods._greedy_model import (
     Parameters,
     find_mmtms,
@@ -31,7 +37,8 @@ class ConditionalLearningSpeed:
 
     ``main_m`` are branch m's own parameters, ``bypass_m`` those that carry the other branches'
     information into it: the gate layers of m and the shared squeeze layers of the MMTMs. A
-    parameter without gradient (frozen, unused) has gradient 0 and stays in the norm of its group.
+    parameter that is frozen or has no gradient counts with gradient 0 and stays in the norm of its
+    group.
     A step with a non-finite ``mu`` is left out. Everything is float64 on the device of the
     parameters, and no method but the constructor makes the host wait.
 
@@ -42,14 +49,16 @@ class ConditionalLearningSpeed:
         main: own parameters of each branch: for each name a module, parameters, named parameters,
             or a sequence of these. At least two branches; no parameter in two of them.
         bypass: the same names; parameters may be shared between branches, not with ``main``.
-        process_group: sums squared norms over the ranks of this group, one all-reduce of at most
-            ``6 M`` doubles for each update. Needed for sharded parameters (FSDP2); under DDP all
-            ranks have the same gradients and nothing need be reduced, though it does no harm.
+        process_group: whose ranks measure together, so that all have the same speeds; default all
+            ranks if torch.distributed is initialised, as in `OGMGE`. One all-reduce of the squared
+            norms for each update: ``2 T`` float64 for T parameters. Parameters may be replicated
+            or sharded (FSDP2) over ranks of the group. Made before torch.distributed is
+            initialised, the object joins at its first update.
 
     Raises:
         ValueError: fewer than two branches, different names in ``main`` and ``bypass``, a group
             without parameters or whose weights are all zero, a parameter in two groups that may
-            not share, or sharded parameters without ``process_group``.
+            not share, or one that is sharded over ranks outside ``process_group``.
         TypeError: a value that is not made of modules and parameters.
 
     Example:
@@ -104,18 +113,25 @@ class ConditionalLearningSpeed:
                     )
                 rows.append(row)
         self.process_group = process_group
+        """The group given, or None for all ranks."""
+        self._group: dist.ProcessGroup | None = None  # with other ranks in it
         self._parameters = list(members)
-        self._sharded = any(hasattr(parameter, "to_local") for parameter in members)
+        self._sharded = any(map(is_distributed, members))
         membership = torch.zeros(len(labels), len(members), dtype=torch.float64)
-        for column, (parameter, rows) in enumerate(members.items()):
-            membership[rows, column] = self._weight(parameter)
+        for column, rows in enumerate(members.values()):
+            membership[rows, column] = 1.0
         device = self._parameters[0].device
         self._membership = membership.to(device)
-        self._totals = torch.zeros(2, len(main), dtype=torch.float64, device=device)
+        self._join()
+        count = len(main)
+        contrast = torch.full((count, count), -1.0 / (count - 1), dtype=torch.float64)
+        self._contrast = contrast.fill_diagonal_(1.0).to(device)
+        self._totals = torch.zeros(2, count, dtype=torch.float64, device=device)
         # Kept, so that a step allocates nothing.
         self._moments = torch.zeros(2, len(members), 3, dtype=torch.float64, device=device)
-        weights = self._measure(self._parameters)[0]
-        norms = torch.where(membership > 0, membership * _squared_norm(weights).cpu(), 0.0).sum(1)
+        weights = _squared_norm(self._measure([None] * len(members))[0])
+        # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
+        norms = torch.where(self._membership > 0, self._membership * weights, 0.0).sum(1)
         for label, norm in zip(labels, norms.tolist(), strict=True):
             if not (math.isfinite(norm) and norm > 0):
                 raise ValueError(
@@ -183,12 +199,17 @@ class ConditionalLearningSpeed:
         Raises:
             RuntimeError: no parameter has a gradient.
         """
-        gradients = [parameter.grad for parameter in self._parameters]
+        if self._sharded:
+            gradients = [local_gradient(each) for each in self._parameters]
+        else:  # a frozen parameter may hold an old gradient
+            gradients = [each.grad if each.requires_grad else None for each in self._parameters]
         if all(gradient is None for gradient in gradients):
             raise RuntimeError(
-                "ConditionalLearningSpeed.update: call it between backward and zero_grad "
+                "ConditionalLearningSpeed.update: call it between backward and zero_grad, and make "
+                "it after what replaces parameters, as fully_shard does "
                 f"(got no gradient on {len(gradients)} parameters)"
             )
+        self._join()
         moments = self._measure(gradients)
         return accumulate_speeds_(moments, self._membership, self._totals.view(-1), active)
 
@@ -203,8 +224,11 @@ class ConditionalLearningSpeed:
 
         For two branches ``[d, -d]``, where ``d`` is the paper's ``d_speed = s_0 - s_1``.
         """
-        speed = self.speed
-        return (speed.unsqueeze(1) - speed).sum(1) / (len(speed) - 1)
+        return self.compared(self.speed)
+
+    def compared(self, speed: Tensor) -> Tensor:
+        """Each speed minus the mean of the others, ``[M]``; not finite where one of them is not."""
+        return torch.mv(self._contrast, speed)
 
     def reset(self) -> None:
         """Forget all steps."""
@@ -227,30 +251,40 @@ class ConditionalLearningSpeed:
             )
         self._totals.copy_(state["totals"])
 
-    def _weight(self, parameter: Tensor) -> float:
-        """Share of a rank's sum of squares that counts when all ranks' sums are added."""
-        placements: tuple[Any, ...] = getattr(parameter, "placements", ())  # of a DTensor
-        if self.process_group is None:
-            if placements:
-                raise ValueError(
-                    "ConditionalLearningSpeed: sharded parameters need process_group= (got a "
-                    f"DTensor {list(parameter.shape)} with placements {list(placements)})"
-                )
-            return 1.0
-        mesh: Any = getattr(parameter, "device_mesh", None)
-        sharded = (dim for dim, placement in enumerate(placements) if placement.is_shard())
-        shards: int = math.prod(mesh.size(dim) for dim in sharded)
-        return shards / self.process_group.size()
+    def _join(self) -> None:
+        """Finds the other ranks, if there are any by now, and what each counts of a parameter."""
+        if self._group is not None:
+            return
+        self._group = resolve_group(self.process_group)
+        for parameter in self._parameters if self._sharded else ():
+            self._require_all_shards(parameter)
+        if self._group is not None:
+            size = self._group.size()
+            shares = [shard_count(parameter) / size for parameter in self._parameters]
+            self._membership *= self._membership.new_tensor(shares)
+
+    def _require_all_shards(self, parameter: Any) -> None:
+        if shard_count(parameter) == 1:
+            return
+        group = (
+            [dist.get_rank()] if self._group is None else dist.get_process_group_ranks(self._group)
+        )
+        mesh = parameter.device_mesh.mesh.flatten().tolist()
+        if not set(mesh) <= set(group):
+            raise ValueError(
+                "ConditionalLearningSpeed: process_group must hold all ranks of a sharded "
+                f"parameter (got ranks {group} for {list(parameter.shape)} on ranks {mesh})"
+            )
 
     def _measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Moments of the weights and of the gradients, ``[2, T, 3]``, of all ranks together."""
-        tensors: list[Any] = [*self._parameters, *gradients]
+        weights: list[Any] = self._parameters
         if self._sharded:
-            tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        moments = gradient_moments_eager(tensors, out=self._moments.view(-1, 3))
-        if self.process_group is not None:
+            weights = [each.to_local() if is_distributed(each) else each for each in weights]
+        moments = gradient_moments_eager([*weights, *gradients], out=self._moments.view(-1, 3))
+        if self._group is not None:
             norms = _squared_norm(moments)
-            dist.all_reduce(norms, group=self.process_group)
+            dist.all_reduce(norms, group=self._group)
             moments = torch.nn.functional.pad(norms.unsqueeze(1), (2, 0))  # rows (0, 0, norm)
         return moments.view_as(self._moments)
 

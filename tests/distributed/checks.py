@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,6 +88,23 @@ def train(
     return coefficients
 
 
+def alone() -> dist.ProcessGroup:
+    """A group of this rank, which leaves what is given it out of the others' sums."""
+    groups: list[Any] = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    return groups[dist.get_rank()]
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """As before torch.distributed is initialised."""
+    original = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = original
+
+
 def equal_on_all_ranks(tensor: Tensor) -> bool:
     """Whether every rank holds the same bits."""
     ranks = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -140,17 +159,80 @@ def counted_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
             setattr(dist, name, original)
 
 
-def resume_and_compare(folder: Path) -> None:
-    """Goes on where the checkpoint of two ranks was taken, and ends where they did."""
+def ddp_equals_one_process() -> None:
+    """50 steps on shares of the batches as on the whole batches, and the same noise."""
+    one = TwoEncoders()
+    single = mmbal_fast.OGMGE(one.encoders(), alpha=0.5, seed=3, process_group=alone())
+    expected = train(one, single, range(50), batch_of)
+    net = TwoEncoders()
+    seed = 3 if dist.get_rank() == 0 else 99  # the first rank's is broadcast
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=seed)
+    assert balancer.seed == 3
+    found = train(DistributedDataParallel(net), balancer, range(50), share)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert (torch.stack(found) < 1).any()
+    parameters = parameters_of(net)
+    assert equal_on_all_ranks(parameters)
+    torch.testing.assert_close(parameters, parameters_of(one), rtol=1e-3, atol=1e-4)
+    balancer.check_in_sync()
+    # Zeros become eps times the noise of step 50: the bits can be compared.
+    noise = []
+    for model, each, batches in [(one, single, batch_of), (net, balancer, share)]:
+        logits, target = model(batches(50)[0])[1], batches(50)[1]
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        each.step(logits, target)
+        noise.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
+    assert torch.equal(noise[0], noise[1])
+    assert noise[0].std() > 1e-9
+    assert equal_on_all_ranks(noise[1])
+
+
+def saved_by_two_ranks(folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A checkpoint after 5 steps, what `resume_and_compare` is to find, and what 5 more give."""
+    net = TwoEncoders()
+    model = wrap(net)
+    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=2**63 + 5)
+    train(model, balancer, range(5), share)
+    dcp.save({"model": net.state_dict(), "balancer": balancer}, checkpoint_id=folder)
+    state = balancer.state_dict()
+    train(model, balancer, range(5, 10), share)
+    whole = parameters_of(net)
+    if dist.get_rank() == 0:
+        torch.save({"balancer": state, "parameters": whole}, folder / "expected.pt")
+    dist.barrier()
+
+
+def resume_and_compare(folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Goes on where the checkpoint of two ranks was taken, and ends where they did.
+
+    Bit for bit on as many ranks.
+    """
     net = TwoEncoders(seed=1)
+    model = wrap(net)
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
-    dcp.load({"model": net.state_dict(), "balancer": balancer}, checkpoint_id=folder / "checkpoint")
+    dcp.load({"model": net.state_dict(), "balancer": balancer}, checkpoint_id=folder)
+    expected = torch.load(folder / "expected.pt")
     state = {"seed": 2**63 + 5, "step": 5, "enabled": True}
-    assert balancer.state_dict() == torch.load(folder / "checkpoint.pt")["balancer"] == state
-    train(DistributedDataParallel(net), balancer, range(5, 10), share)
-    assert equal_on_all_ranks(parameters_of(net))
-    for name, value in torch.load(folder / "expected.pt").items():
-        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert balancer.state_dict() == expected["balancer"] == state
+    train(model, balancer, range(5, 10), share)
+    found = parameters_of(net)
+    assert equal_on_all_ranks(found)
+    if dist.get_world_size() == 2:
+        assert torch.equal(found, expected["parameters"])
+    torch.testing.assert_close(found, expected["parameters"], rtol=1e-4, atol=1e-5)
+
+
+def sharded(net: nn.Module) -> nn.Module:
+    """By FSDP2."""
+    fully_shard(net)
+    return net
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "fsdp2": sharded,
+}
 
 
 def run_checks(checks: Mapping[str, Any]) -> None:
@@ -158,6 +240,9 @@ def run_checks(checks: Mapping[str, Any]) -> None:
 
     The first that fails ends the run: the ranks are no longer in step.
     """
+    warnings.simplefilter("error")
+    # What torch warns of where it shards a module whose output is a view.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     report = Path(f"{sys.argv[1]}.{dist.get_rank()}")
@@ -170,7 +255,7 @@ def run_checks(checks: Mapping[str, Any]) -> None:
         except SystemExit:  # a rank that dies as the check wants it to
             report.write_text(json.dumps(outcomes | {name: ""}))
             os._exit(13)
-        except Exception:
+        except BaseException:  # a CheckpointException is no Exception
             outcomes[name] = traceback.format_exc()
             raise
         finally:

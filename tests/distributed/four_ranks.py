@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
 from tests.distributed.checks import (
+    WRAPPERS,
     TwoEncoders,
+    alone,
     batch_of,
+    ddp_equals_one_process,
     equal_on_all_ranks,
     noise_of,
     parameters_of,
@@ -35,10 +37,19 @@ from tests.distributed.checks import (
     share,
     train,
 )
+from tests.distributed.greedy import (  # noqa: F401  - run with those below
+    check_greedy_balancing_resumes_what_two_ranks_saved,
+    check_learning_speeds_on_a_mesh_of_two_dimensions,
+)
+
+
+def check_ddp_equals_one_process(folder: Path) -> None:
+    ddp_equals_one_process()
 
 
 def check_resumes_what_two_ranks_saved(folder: Path) -> None:
-    resume_and_compare(folder)
+    for name, wrap in WRAPPERS.items():
+        resume_and_compare(folder / name, wrap)
 
 
 def expected_of_ddp() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,10 +97,8 @@ class Wide(TwoEncoders):
 def check_fsdp2_over_tensor_parallel_equals_one_process(folder: Path) -> None:
     """Rows of one layer are sharded twice, columns of the other once and its rows once."""
     one = Wide()
-    alone = mmbal_fast.OGMGE(one.encoders(), alpha=0.5)
-    alone._group = None
-    alone._join = lambda: None  # type: ignore[method-assign]
-    expected = train(one, alone, range(10), batch_of)
+    single = mmbal_fast.OGMGE(one.encoders(), alpha=0.5, process_group=alone())
+    expected = train(one, single, range(10), batch_of)
     net = Wide()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -149,7 +158,4 @@ def check_the_others_fail_where_a_rank_dies(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
-    # What torch warns of where it shards a module whose output is a view.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     run_checks(globals())

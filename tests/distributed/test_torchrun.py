@@ -39,7 +39,8 @@ def torchrun(script: str, ranks: int, *arguments: object) -> subprocess.Complete
 
 
 def checks_of(script: str) -> list[str]:
-    return re.findall(r"^def (check_\w+)\(", (HERE / script).read_text(), re.MULTILINE)
+    """The names that it defines or imports."""
+    return re.findall(r"^(?:def|   ) (check_\w+)[(,]", (HERE / script).read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

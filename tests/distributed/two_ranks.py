@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,39 +17,45 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
 from tests.distributed.checks import (
+    WRAPPERS,
     TwoEncoders,
+    alone,
     batch_of,
     counted_collectives,
+    ddp_equals_one_process,
     equal_on_all_ranks,
     noise_of,
     parameters_of,
     part_of,
+    resume_and_compare,
     run_checks,
+    saved_by_two_ranks,
     share,
     train,
+    uninitialized,
 )
+from tests.distributed.greedy import (  # noqa: F401  - run with those below
+    check_greedy_balancing_joins_at_its_first_step,
+    check_greedy_balancing_saves_and_resumes,
+    check_greedy_balancing_under_ddp_equals_one_process,
+    check_learning_speeds_are_of_the_whole_parameters,
+    check_learning_speeds_of_sums_that_are_still_to_be_taken,
+    check_mmtm_averages_are_of_all_ranks_on_request,
+    check_ranks_with_other_gradients_decide_alike,
+    check_the_communication_of_greedy_balancing,
+    check_utilization_is_of_all_data_on_request,
+)
+from tests.host_reads import host_reads
 
 
 def check_ddp_equals_one_process(folder: Path) -> None:
-    one = TwoEncoders()
-    expected = train(one, mmbal_fast.OGMGE(one.encoders(), alpha=0.5, seed=3), range(50), batch_of)
-    net = TwoEncoders()
-    seed = 3 if dist.get_rank() == 0 else 99  # the first rank's is broadcast
-    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=seed)
-    assert balancer.seed == 3
-    found = train(DistributedDataParallel(net), balancer, range(50), share)
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
-    assert (torch.stack(found) < 1).any()
-    parameters = parameters_of(net)
-    assert equal_on_all_ranks(parameters)
-    torch.testing.assert_close(parameters, parameters_of(one), rtol=1e-3, atol=1e-4)
-    balancer.check_in_sync()
+    ddp_equals_one_process()
 
 
 def check_a_rank_without_samples(folder: Path) -> None:
     """Rank 1 gets no sample, then only labels that are ignored, then all labels are."""
     one = TwoEncoders()
-    expected = mmbal_fast.OGMGE(one.encoders(), alpha=0.5)
+    single = mmbal_fast.OGMGE(one.encoders(), alpha=0.5, process_group=alone())
     net = TwoEncoders()
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
     for step, case in enumerate(["empty", "ignored", "all ignored"]):
@@ -61,24 +64,49 @@ def check_a_rank_without_samples(folder: Path) -> None:
             logits = one(batch)[1]
         if case == "all ignored":
             target = torch.full_like(target, -100)
-        alone = copy.copy(expected)
-        alone._group = None
-        alone.step(logits, target)
+        expected = single.step(logits, target)
         if dist.get_rank() == 1:
             kept = slice(0, 0) if case == "empty" else slice(0, 4)
             logits = {name: each[kept] for name, each in logits.items()}
             target = torch.full_like(target, -100)[kept]
         record = balancer.step(logits, target)
-        assert torch.equal(record.coefficients, alone.last.coefficients), case
+        assert torch.equal(record.coefficients, expected.coefficients), case
         assert equal_on_all_ranks(record.coefficients)
     assert torch.equal(record.coefficients, torch.ones(2))  # nothing to compare
 
 
+def check_training_where_a_rank_gets_no_samples(folder: Path) -> None:
+    """With a loss that is a sum over samples, as it must be: the mean of none is not a number."""
+    one, net = TwoEncoders(), TwoEncoders()
+    models = [one, DistributedDataParallel(net)]
+    balancers = [
+        mmbal_fast.OGMGE(one.encoders(), alpha=0.5, process_group=alone()),
+        mmbal_fast.OGMGE(net.encoders(), alpha=0.5),
+    ]
+    for step in range(6):
+        batch, target = batch_of(step)
+        target[4:] = -100 if step % 3 == 1 else target[4:]
+        cut = 4 if step % 3 == 1 else (8, 0, 5)[step % 3]
+        mine = slice(0, cut) if dist.get_rank() == 0 else slice(cut, 8)
+        count = (target >= 0).sum()
+        for model, balancer, part in zip(models, balancers, (slice(0, 8), mine), strict=True):
+            inputs, labels = part_of((batch, target), part)
+            fused, logits = model(inputs)
+            loss = nn.functional.cross_entropy(fused, labels, reduction="sum") / count
+            model.zero_grad()
+            (loss if model is one else 2 * loss).backward()  # DDP takes the mean over ranks
+            balancer.step(logits, labels)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.05)
+    assert equal_on_all_ranks(parameters_of(net))
+    torch.testing.assert_close(parameters_of(net), parameters_of(one), rtol=1e-3, atol=1e-4)
+
+
 def check_a_group_of_one_is_alone(folder: Path) -> None:
-    groups = [dist.new_group([0]), dist.new_group([1])]
     net = TwoEncoders()
     balancer = mmbal_fast.OGMGE(
-        net.encoders(), alpha=0.5, seed=dist.get_rank(), process_group=groups[dist.get_rank()]
+        net.encoders(), alpha=0.5, seed=dist.get_rank(), process_group=alone()
     )
     assert balancer.seed == dist.get_rank()
     with counted_collectives() as calls:
@@ -186,6 +214,34 @@ def check_communication_is_what_is_promised(folder: Path) -> None:
     assert balanced == plain + [scores, ("all_reduce", torch.float64, 3 * tensors)] * 3
 
 
+def check_a_step_on_many_ranks_reads_nothing(folder: Path) -> None:
+    """And starts the sum over the ranks without waiting for it."""
+    ddp, sharded = TwoEncoders(), TwoEncoders()
+    fully_shard(sharded)
+    waits: list[bool] = []
+    all_reduce = dist.all_reduce
+
+    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dtype == torch.float32:
+            waits.append(not kwargs.get("async_op", False))
+        return all_reduce(tensor, *args, **kwargs)
+
+    for net, model in [(ddp, DistributedDataParallel(ddp)), (sharded, sharded)]:
+        balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+        train(model, balancer, range(1), share)
+        batch, target = share(1)
+        fused, logits = model(batch)
+        nn.functional.cross_entropy(fused, target).backward()
+        dist.all_reduce = watched
+        try:
+            with host_reads() as found:
+                balancer.step(logits, target)
+        finally:
+            dist.all_reduce = all_reduce
+        assert found == []
+    assert waits == [False, False]
+
+
 def check_moments_of_shards_do_not_cancel(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     whole = (1e4 + torch.randn(64, 33, dtype=torch.float64)).float()
@@ -222,12 +278,8 @@ def check_scaler_with_sharded_gradients(folder: Path) -> None:
 def check_joins_at_the_first_step(folder: Path) -> None:
     group = dist.group.WORLD
     net = TwoEncoders()
-    original = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
+    with uninitialized():
         balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=10 + dist.get_rank())
-    finally:
-        dist.is_initialized = original
     assert balancer.seed == 10 + dist.get_rank()
     train(DistributedDataParallel(net), balancer, range(2), share)
     assert balancer.seed == 10
@@ -253,26 +305,11 @@ def check_compiled_step_equals_eager(folder: Path) -> None:
 
 def check_saves_and_resumes(folder: Path) -> None:
     """Bit for bit on as many ranks; what is saved here is loaded on one rank and on four."""
-    net = TwoEncoders()
-    balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5, seed=2**63 + 5)
-    assert isinstance(balancer, Stateful)
-    train(DistributedDataParallel(net), balancer, range(5), share)
-    state = {"model": net.state_dict(), "balancer": balancer}
-    dcp.save(state, checkpoint_id=folder / "checkpoint")
-    if dist.get_rank() == 0:
-        torch.save({"balancer": balancer.state_dict()}, folder / "checkpoint.pt")
-    train(DistributedDataParallel(net), balancer, range(5, 10), share)
-    resumed = TwoEncoders(seed=1)
-    again = mmbal_fast.OGMGE(resumed.encoders(), alpha=0.5)
-    state = {"model": resumed.state_dict(), "balancer": again}
-    dcp.load(state, checkpoint_id=folder / "checkpoint")
-    assert again.state_dict() == {"seed": 2**63 + 5, "step": 5, "enabled": True}
-    train(DistributedDataParallel(resumed), again, range(5, 10), share)
-    assert torch.equal(parameters_of(resumed), parameters_of(net))
-    if dist.get_rank() == 0:
-        torch.save(net.state_dict(), folder / "expected.pt")
+    assert isinstance(mmbal_fast.OGMGE(TwoEncoders().encoders(), alpha=0.5), Stateful)
+    for name, wrap in WRAPPERS.items():
+        saved_by_two_ranks(folder / name, wrap)
+        resume_and_compare(folder / name, wrap)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
     run_checks(globals())
