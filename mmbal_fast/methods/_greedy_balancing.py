@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmbal_fast.methods._grad_scaler import as_optimizers, found_inf, unscale_
 from mmbal_fast.methods._greedy_model import Parameters, find_mmtms
 from mmbal_fast.methods._greedy_speed import ConditionalLearningSpeed
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+    from torch.optim import Optimizer
 
 
 class GreedyRecord(NamedTuple):
@@ -164,22 +169,42 @@ class GreedyBalancing:
             self._set_gates()
 
     @torch.no_grad()
-    def step(self) -> GreedyRecord:
+    def step(
+        self,
+        *,
+        grad_scaler: GradScaler | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    ) -> GreedyRecord:
         """Measure, decide, and set the gates of the next step; see the class.
 
-        Call it once for each optimizer step, after ``backward`` (and ``GradScaler.unscale_``).
+        Call it once for each optimizer step, after ``backward``, on all ranks.
+
+        Args:
+            grad_scaler: scaler whose ``scale`` the loss went through. Its optimizers' gradients are
+                unscaled, unless ``grad_scaler.unscale_`` was called before. A step that the scaler
+                is going to skip changes nothing. Then call ``grad_scaler.step(optimizer)`` as
+                always.
+            optimizer: the optimizer, or all of them, that ``grad_scaler`` steps.
 
         Returns:
             Speeds, differences and the decision, on the device.
 
         Raises:
             RuntimeError: no parameter has a gradient.
+            ValueError: ``grad_scaler`` without ``optimizer``.
         """
         measure = self.learning_speed
+        kept: Tensor | None = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            optimizers = as_optimizers("GreedyBalancing.step", optimizer)
+            unscale_(grad_scaler, optimizers)
+            kept = ~found_inf(grad_scaler, optimizers, self._step.device)
         if not self._enabled:
             return GreedyRecord(measure.speed, measure.difference, self._branch[0].clone())
         regular = self._remaining == 0
-        finite = measure.update(active=regular[0])
+        finite = measure.update(active=regular[0] if kept is None else regular[0] & kept)
+        if kept is not None:
+            finite &= kept
         speed = measure.speed
         difference = measure.compared(speed)
         largest, fastest = difference.max(0, keepdim=True)

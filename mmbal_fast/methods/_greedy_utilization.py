@@ -137,7 +137,8 @@ def conditional_utilization(
         progress: show a progress bar on standard error, needs ``rich``. Default: if it is
             installed and standard error is a terminal.
         process_group: every rank measures its part of the data and all get the table of the whole:
-            two all-reduces at the end of the passes, or one more for each further MMTM.
+            two all-reduces at the end of the passes, or one more for each further MMTM. Default:
+            this process alone, so that one rank may evaluate while others do not.
 
     Returns:
         The table: ``u``, ``d_util``, accuracies, and a printable form. Negative rates are as they

@@ -43,9 +43,9 @@ class MMTM(nn.Module):
         ratio: the bottleneck has ``int(2 * sum(channels) / ratio)`` units, at least 1; default 4,
             as in the code of both papers.
         process_group: average over all samples of all ranks of this group, with one all-reduce in
-            each forward in training. Every rank must then run the same number of forwards. Default
-            None: own samples only. For the default group give ``torch.distributed.group.WORLD``,
-            after ``init_process_group``.
+            each forward in training. Every rank must then run the same number of forwards, which
+            is why it is on request: by default each averages its own samples. For all ranks give
+            ``torch.distributed.group.WORLD``, after ``init_process_group``.
         device: device of parameters and buffers.
         dtype: dtype of parameters and of the running averages.
 

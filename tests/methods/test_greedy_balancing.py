@@ -6,15 +6,18 @@ import copy
 import io
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from mmbal_fast.methods import GreedyBalancing
 from mmbal_fast.nn import MMTM
 from tests.host_reads import host_reads
+from tests.methods.checkpoints import SAVES
 
 
 class Net(nn.Module):
@@ -39,12 +42,13 @@ class Net(nn.Module):
         return list(features)
 
 
-def backward(model: Net, step: int) -> None:
+def backward(model: Net, step: int, scaler: GradScaler | None = None) -> None:
     generator = torch.Generator().manual_seed(step)
     logits = model(*(torch.randn(6, 3, generator=generator) for _ in model.branches))
     model.zero_grad()
     target = torch.arange(6) % 3
-    torch.stack([nn.functional.cross_entropy(each, target) for each in logits]).sum().backward()
+    loss = torch.stack([nn.functional.cross_entropy(each, target) for each in logits]).sum()
+    (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 class Script:
@@ -190,6 +194,17 @@ def test_log_keeps_the_last_steps_in_order() -> None:
     assert torch.equal(log.speed, torch.stack(speeds[2:]))
 
 
+def test_log_of_a_step_that_does_not_count_takes_no_other_steps_place() -> None:
+    run = Script(warmup_steps=0, window=1, log_size=3)
+    for step in range(8):
+        run.step(1.0 + step, 1.0)
+        kept = [each.clone() for each in run.balancing.log]
+        next(run.model.parameters()).grad.fill_(torch.nan)
+        run.balancing.step()
+        assert all(map(torch.equal, run.balancing.log, kept))
+    assert run.balancing.log.step.tolist() == [6, 7, 8]
+
+
 def test_log_starts_empty() -> None:
     log = Script(warmup_steps=0).balancing.log
     assert log.step.shape == (0,)
@@ -228,6 +243,22 @@ def test_resumes_bit_for_bit_in_the_middle_of_a_window() -> None:
         assert torch.equal(one, other)
     for one, other in zip(parts[1].log, others[1].log, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_resumes_from_any_kind_of_checkpoint(save: Any, tmp_path: Path) -> None:
+    model = Net()
+    options: dict[str, Any] = {"warmup_steps": 2, "epsilon": 0.0, "log_size": 16}
+    balancing = GreedyBalancing(model, **options)
+    train(model, balancing, torch.optim.SGD(model.parameters(), lr=0.1), range(5))
+    load = save(balancing, tmp_path)
+    expected = copy.deepcopy(balancing.state_dict())
+    other = GreedyBalancing(Net(), **options)
+    load(other)
+    found = other.state_dict()
+    assert found.keys() == expected.keys()
+    assert found["branches"] == expected["branches"]
+    assert all(torch.equal(found[key], expected[key]) for key in found if key != "branches")
 
 
 def test_state_is_a_copy() -> None:
@@ -273,6 +304,87 @@ def test_never_makes_the_host_wait() -> None:
             backward(model, 0)
     assert found == []
     assert balancing.log.decision.max() >= 0
+
+
+def scaled_step(
+    net: Net, balancing: GreedyBalancing, scaler: GradScaler, optimizer: Any, unscale: bool
+) -> None:
+    if unscale:
+        scaler.unscale_(optimizer)
+    balancing.step(grad_scaler=scaler, optimizer=optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_training_with_a_scaler_equals_training_without(unscale: bool) -> None:
+    plain, scaled = Net(), Net()
+    options: dict[str, Any] = {"warmup_steps": 1, "epsilon": 0.0, "window": 2}
+    expected = GreedyBalancing(plain, **options)
+    train(plain, expected, torch.optim.SGD(plain.parameters(), lr=0.1), range(6))
+    balancing, optimizer = GreedyBalancing(scaled, **options), torch.optim.SGD(scaled.parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=2)  # changes in between
+    for step in range(6):
+        backward(scaled, step, scaler)
+        scaled_step(scaled, balancing, scaler, optimizer, unscale)
+    assert expected.log.decision.max() >= 0
+    assert all(map(torch.equal, balancing.log, expected.log))
+    assert all(map(torch.equal, scaled.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_steps_that_a_scaler_skips_leave_no_trace(unscale: bool) -> None:
+    """Also where the gradient that is not finite is of a parameter in no branch."""
+    net, head = Net(), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([*net.parameters(), head], lr=0.1)
+    balancing = GreedyBalancing(net, warmup_steps=1, epsilon=0.0, window=2)
+    scaler = GradScaler("cpu", init_scale=2.0**20)
+    for step in range(6):  # before the warm-up's end, in a window and behind it
+        for bad in (head, net.mmtms[0].gates[0].bias, None):
+            backward(net, step, scaler)
+            head.grad = torch.ones(2)
+            if bad is not None:
+                bad.grad[-1] = torch.inf
+            kept = copy.deepcopy(balancing.state_dict())
+            before = [each.detach().clone() for each in net.parameters()]
+            scaled_step(net, balancing, scaler, optimizer, unscale)
+            same = all(map(torch.equal, net.parameters(), before))
+            state = balancing.state_dict()
+            unchanged = all(torch.equal(kept[key], state[key]) for key in kept if key != "branches")
+            assert same == unchanged == (bad is not None)
+    assert balancing.log.decision.max() >= 0
+
+
+def test_a_scaler_needs_its_optimizer_and_counts_only_if_it_is_enabled() -> None:
+    model = Net()
+    balancing = GreedyBalancing(model, warmup_steps=0)
+    backward(model, 0)
+    with pytest.raises(ValueError, match=r"GreedyBalancing.step: grad_scaler needs .*got None"):
+        balancing.step(grad_scaler=GradScaler("cpu"))
+    balancing.step(grad_scaler=GradScaler("cpu", enabled=False))
+    assert int(balancing.state_dict()["step"]) == 1
+
+
+def test_a_compiled_model_is_not_compiled_again_in_a_window() -> None:
+    nets = [Net(), Net()]
+    records = []
+    for net in nets:
+        model: Any = net
+        if net is nets[1]:
+            model = torch.compile(net, fullgraph=True, backend="aot_eager")
+            backward(model, 0)
+        balancing = GreedyBalancing(model, warmup_steps=1, epsilon=0.0, window=2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.zero_grad()
+        for mmtm in net.mmtms:
+            mmtm.reset_averages()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            records.append(train(model, balancing, optimizer, range(8)))
+    assert records[0] == records[1]
+    assert len(set(records[0])) > 1
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_finds_branches_by_module() -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmbal_fast import _backend
 from mmbal_fast.methods import ConditionalLearningSpeed
 from mmbal_fast.nn import MMTM
+from tests.host_reads import host_reads
+
+if TYPE_CHECKING:
+    from tests.conftest import Backend
+
+ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
@@ -102,6 +112,17 @@ def test_frozen_and_missing_gradients_count_as_zero() -> None:
     assert model.image[0].weight.grad is None
 
 
+def test_old_gradients_of_frozen_parameters_count_as_zero() -> None:
+    model = Net()
+    measure = ConditionalLearningSpeed.from_model(model)
+    backward(model)
+    model.image[0].requires_grad_(False)
+    assert model.image[0].weight.grad.any()
+    measure.update()
+    model.image[0].weight.grad = model.image[0].bias.grad = None
+    assert measure.speed.tolist() == pytest.approx(loop_once(model), rel=1e-6)
+
+
 def loop_once(model: Net) -> list[float]:
     def mu(parameters: list[nn.Parameter]) -> float:
         gradient = sum(p.grad.double().square().sum() for p in parameters if p.grad is not None)
@@ -190,6 +211,25 @@ def test_mmtms_inside_a_branch_stay_bypass() -> None:
         model, {"image": model.image, "audio": model.audio}
     )
     del model.image[2]
+    assert measured(model, measure, steps=1) == pytest.approx(loop(model, steps=1), rel=1e-6)
+
+
+def test_names_do_not_matter() -> None:
+    """Not even those that say that a parameter belongs elsewhere."""
+
+    class Confusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mmtm_squeeze = model.image
+            self.image_audio = model.mmtms
+            self.gates_visual = model.audio
+
+        def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+            return model(x, y)
+
+    model = Net()
+    measure = ConditionalLearningSpeed.from_model(Confusing())
+    assert measure.branch_names == ("mmtm_squeeze", "gates_visual")
     assert measured(model, measure, steps=1) == pytest.approx(loop(model, steps=1), rel=1e-6)
 
 
@@ -315,3 +355,65 @@ def test_refuses_an_update_without_gradients() -> None:
     measure = ConditionalLearningSpeed.from_model(Net())
     with pytest.raises(RuntimeError, match=r"zero_grad, .*\(got no gradient on 20"):
         measure.update()
+
+
+class Operations(TorchDispatchMode):
+    """Those of torch that run, views aside."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Watched:
+    """A native module, and which of its functions are called."""
+
+    def __init__(self, module: Any, names: list[str]) -> None:
+        self.module = module
+        self.names = names
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.append(name)
+        return getattr(self.module, name)
+
+
+def test_an_update_of_142_tensors_is_two_launches_and_no_host_read(native: Backend) -> None:
+    parameters = [nn.Parameter(torch.randn(1 + i % 9, device=native.device)) for i in range(142)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    groups = [parameters[:10], parameters[10:20], parameters[20:80], parameters[80:]]
+    measure = ConditionalLearningSpeed(
+        bypass={"a": groups[0], "b": groups[1]}, main={"a": groups[2], "b": groups[3]}
+    )
+    names: list[str] = []
+    with _backend.using(Watched(native.native, names)):  # type: ignore[arg-type]
+        measure.update()  # makes the workspace
+        names.clear()
+        with Operations(names), host_reads() as found:
+            measure.update()
+    # Each function is one kernel, and `empty` is none.
+    assert sorted(names) == ["accumulate_speeds_", "empty", "moments"]
+    assert found == []
+    if (source := ROOT / "csrc" / "cuda" / "launch.h").exists():
+        (capacity,) = re.findall(r"constexpr int kMany = (\d+);", source.read_text())
+        assert 2 * len(parameters) <= int(capacity)  # tensors in the parameters of one kernel
+
+
+def test_a_gradient_that_is_gone_is_zero(native: Backend) -> None:
+    parameters = [nn.Parameter(torch.randn(3, device=native.device)) for i in range(4)]
+    measure = ConditionalLearningSpeed(
+        bypass={"a": parameters[:1], "b": parameters[1:2]},
+        main={"a": parameters[2:3], "b": parameters[3:]},
+    )
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    measure.update()
+    measure.reset()
+    parameters[3].grad = None
+    measure.update()
+    assert measure.speed[1] == torch.inf  # not what its row held before

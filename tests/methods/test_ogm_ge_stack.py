@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmbal_fast
 from mmbal_fast.functional import _modulate
+from tests.methods.checkpoints import SAVES
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -550,44 +547,7 @@ def test_partitions_of_deepspeed_are_refused(attribute: str) -> None:
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-def saved_by_torch(balancer: mmbal_fast.OGMGE, folder: Path) -> Callable[[Any], None]:
-    buffer = io.BytesIO()
-    torch.save(balancer.state_dict(), buffer)
-    buffer.seek(0)
-    return lambda other: other.load_state_dict(torch.load(buffer, weights_only=True))
-
-
-def saved_by_distributed_checkpoint(
-    balancer: mmbal_fast.OGMGE, folder: Path
-) -> Callable[[Any], None]:
-    assert isinstance(balancer, Stateful)
-    with pytest.warns(UserWarning, match="in a single process"):
-        dcp.save({"balancer": balancer}, checkpoint_id=folder, no_dist=True)
-
-    def load(other: Any) -> None:
-        with pytest.warns(UserWarning, match="in a single process"):
-            dcp.load({"balancer": other}, checkpoint_id=folder, no_dist=True)
-
-    return load
-
-
-def saved_by_accelerate(balancer: mmbal_fast.OGMGE, folder: Path) -> Callable[[Any], None]:
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.register_for_checkpointing(balancer)
-    accelerator.save_state(str(folder))
-
-    def load(other: Any) -> None:
-        again = accelerate.Accelerator(cpu=True)
-        again.register_for_checkpointing(other)
-        again.load_state(str(folder))
-
-    return load
-
-
-@pytest.mark.parametrize(
-    "save", [saved_by_torch, saved_by_distributed_checkpoint, saved_by_accelerate]
-)
+@pytest.mark.parametrize("save", SAVES)
 def test_resuming_is_bit_exact(save: Callable[..., Callable[[Any], None]], tmp_path: Path) -> None:
     net = Net()
     balancer = net.balancer(seed=2**63 + 1)
