@@ -58,7 +58,8 @@ def gradient_moments_eager(
 ) -> Tensor:
     """`gradient_moments`; errors call the gradients by ``names``.
 
-    ``out`` is written and returned if it can be, and may hold anything.
+    ``out`` is written and returned if it can be; its rows of None and of empty tensors stay as they
+    are.
     """
     op = "gradient_moments"
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
@@ -66,12 +67,7 @@ def gradient_moments_eager(
     if native is None:
         _checks.gradients(op, grads, names)
         return reference.gradient_moments(grads)
-    if out is None:
-        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
-    else:
-        moments = out
-        if any(grad is None or grad.numel() == 0 for grad in grads):
-            moments.zero_()
+    moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device) if out is None else out
     unfit = native.moments(grads, moments, names, torch.get_num_threads(), _backend.workspace)
     if unfit is None:
         return moments

@@ -127,8 +127,9 @@ class ConditionalLearningSpeed:
         contrast = torch.full((count, count), -1.0 / (count - 1), dtype=torch.float64)
         self._contrast = contrast.fill_diagonal_(1.0).to(device)
         self._totals = torch.zeros(2, count, dtype=torch.float64, device=device)
-        # Kept, so that a step allocates nothing.
+        # Kept, so that a step allocates nothing. Rows of None and of empty tensors stay zero.
         self._moments = torch.zeros(2, len(members), 3, dtype=torch.float64, device=device)
+        self._missing = [True] * len(members)  # gradients
         weights = _squared_norm(self._measure([None] * len(members))[0])
         # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
         norms = torch.where(self._membership > 0, self._membership * weights, 0.0).sum(1)
@@ -203,13 +204,17 @@ class ConditionalLearningSpeed:
             gradients = [local_gradient(each) for each in self._parameters]
         else:  # a frozen parameter may hold an old gradient
             gradients = [each.grad if each.requires_grad else None for each in self._parameters]
-        if all(gradient is None for gradient in gradients):
+        missing = [gradient is None for gradient in gradients]
+        if all(missing):
             raise RuntimeError(
                 "ConditionalLearningSpeed.update: call it between backward and zero_grad, and make "
                 "it after what replaces parameters, as fully_shard does "
                 f"(got no gradient on {len(gradients)} parameters)"
             )
         self._join()
+        if missing != self._missing:  # rows of what is gone
+            self._missing = missing
+            self._moments[1].zero_()
         moments = self._measure(gradients)
         return accumulate_speeds_(moments, self._membership, self._totals.view(-1), active)
 

@@ -382,10 +382,15 @@ class Watched:
         return getattr(self.module, name)
 
 
-def test_an_update_of_142_tensors_is_two_launches_and_no_host_read(native: Backend) -> None:
+@pytest.mark.parametrize("frozen", [0, 3])
+def test_an_update_of_142_tensors_is_two_launches_and_no_host_read(
+    native: Backend, frozen: int
+) -> None:
     parameters = [nn.Parameter(torch.randn(1 + i % 9, device=native.device)) for i in range(142)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
+    for parameter in parameters[:frozen]:
+        parameter.requires_grad_(False)
     groups = [parameters[:10], parameters[10:20], parameters[20:80], parameters[80:]]
     measure = ConditionalLearningSpeed(
         bypass={"a": groups[0], "b": groups[1]}, main={"a": groups[2], "b": groups[3]}
