@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmbal_fast import functional
 from mmbal_fast.functional._blending import blend, check_floor, check_label_smoothing
+from mmbal_fast.methods._distributed import resolve_group
 from mmbal_fast.reference._blending import FLOOR, increments
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class GradientBlending:
         floor: see `mmbal_fast.functional.blending_weights`; default 0.1.
         label_smoothing: of `loss`, 0 to 1; default 0.
         ignore_index: label of samples that `loss` leaves out; default -100.
-        process_group: whose ranks are summed. Default: the default group if
-            ``torch.distributed`` is initialized, this process alone otherwise.
+        process_group: whose ranks are summed. Default: all of them if torch.distributed is
+            initialised, as in `OGMGE`.
 
     Attributes:
         head_names: names of the heads, in the order of all ``[K]``.
@@ -264,8 +265,9 @@ class GradientBlending:
         device = next(iter(self._sums.values()), self._weights).device
         none = torch.zeros(len(self.head_names) + 1, dtype=torch.float64, device=device)
         sums = torch.stack([self._sums.get(split, none).to(device) for split in _SPLITS])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums, group=self.process_group)
+        group = resolve_group(self.process_group)
+        if group is not None:
+            dist.all_reduce(sums, group=group)
         sums = sums.cpu()
         samples = sums[:, -1:]
         for split, each in zip(_SPLITS, samples, strict=True):

@@ -2,4 +2,11 @@
 
 from __future__ import annotations
 
-collect_ignore = ["checks.py", "four_ranks.py", "greedy.py", "one_rank.py", "two_ranks.py"]
+collect_ignore = [
+    "blending.py",
+    "checks.py",
+    "four_ranks.py",
+    "greedy.py",
+    "one_rank.py",
+    "two_ranks.py",
+]

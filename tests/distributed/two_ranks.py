@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import mmbal_fast
+from tests.distributed.blending import (  # noqa: F401  - run with those below
+    check_blending_records_are_of_all_ranks,
+)
 from tests.distributed.checks import (
     WRAPPERS,
     TwoEncoders,

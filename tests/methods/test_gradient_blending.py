@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -367,89 +363,6 @@ def test_state_of_other_heads_is_refused() -> None:
         ValueError, match=r"heads must be \['audio', 'fused'\] \(got \['audio', 'im"
     ):
         blending.load_state_dict(GradientBlending(HEADS).state_dict())
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-RANK = """
-import json, os, sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from mmbal_fast.methods import GradientBlending
-
-rank, world = int(sys.argv[1]), 2
-dist.init_process_group(
-    "gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=world,
-    timeout=timedelta(seconds=20),
-)
-reductions = []
-reduce = dist.all_reduce
-def counted(tensor, **options):
-    reductions.append(tensor.numel())
-    reduce(tensor, **options)
-dist.all_reduce = counted
-blending = GradientBlending(["audio", "fused"])
-for epoch in range(2):
-    generator = torch.Generator().manual_seed(epoch)
-    target = torch.randint(3, (10,), generator=generator)
-    scores = torch.randn(2, 10, 3, generator=generator)
-    target[4] = -100
-    share = slice(0, 7) if rank == 0 else slice(7, 10)
-    for split, scale in (("train", 3.0 - epoch), ("validation", 2.0 - epoch)):
-        if epoch == 0 and split == "validation":
-            # One rank has all the held-out samples, and the other none.
-            share = slice(0, 10 if rank == 0 else 0)
-        audio, fused = scale * scores[:, share]
-        blending.loss({"audio": audio, "fused": fused}, target[share])
-        blending.record(split, blending.last)
-        share = slice(0, 7) if rank == 0 else slice(7, 10)
-    blending.update()
-print(json.dumps([reductions, blending.state_dict()]))
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_record_what_one_does(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", RANK]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [each.communicate(timeout=60) for each in ranks]
-    finally:
-        for each in ranks:
-            each.kill()
-    assert [each.returncode for each in ranks] == [0, 0], outputs
-    (reductions, first), (_, second) = (json.loads(out) for out, _ in outputs)
-    assert repr(first) == repr(second)  # NaN differs from itself
-    assert reductions == [6, 6]
-
-    alone = GradientBlending(["audio", "fused"])
-    for epoch in range(2):
-        generator = torch.Generator().manual_seed(epoch)
-        target = torch.randint(3, (10,), generator=generator)
-        audio, fused = torch.randn(2, 10, 3, generator=generator)
-        target[4] = -100
-        for split, scale in (("train", 3.0 - epoch), ("validation", 2.0 - epoch)):
-            alone.loss({"audio": scale * audio, "fused": scale * fused}, target)
-            assert alone.last is not None
-            alone.record(split, alone.last)  # type: ignore[arg-type]
-        alone.update()
-    wanted = alone.state_dict()
-    for key in ("weights", "history"):
-        torch.testing.assert_close(
-            torch.tensor(first[key]), torch.tensor(wanted[key]), equal_nan=True
-        )
-    assert 0 < first["weights"][0] < 1
 
 
 # --- the plot ------------------------------------------------------------------------------------
