@@ -137,11 +137,10 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
       return noise_amplitude(tensor, k, modulation.noise, modulation.eps,
                              largest_of(wave[g].dtype));
     };
-    // Backwards, so that what was measured last is updated while it is still in cache.
-    const auto total = static_cast<int64_t>(memory.chunks.size());
+    // Forwards, as hardware prefetches.
     const std::vector<Chunk>& chunks = memory.chunks;
-    parallel_for(total, kGrain, useful, [&](int64_t i) {
-      const Chunk& chunk = chunks[total - 1 - i];
+    parallel_for(static_cast<int64_t>(chunks.size()), kGrain, useful, [&](int64_t i) {
+      const Chunk& chunk = chunks[i];
       const Gradient& gradient = wave[chunk.gradient];
       const Span part = span(gradient, chunk);
       if (!measured) unscale(gradient.dtype, part);
