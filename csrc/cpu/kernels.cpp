@@ -19,8 +19,13 @@ constexpr int kGroup = 4 * kWidth;  // elements that one vector Philox call make
 constexpr int kLanes = 32;          // running sums: the same on every instruction set
 constexpr int kVectors = kLanes / kWidth;
 
-double pairwise_sum(const double* x, int n) {
-  return n == 1 ? x[0] : pairwise_sum(x, n / 2) + pairwise_sum(x + n / 2, n / 2);
+// By halves: what adds whole vectors, in an order that no width of them changes.
+template <int n>
+double pairwise_sum(double (&x)[n]) {
+  for (int half = n / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
 }
 
 double sum_lanes(const FloatVector* v) {
@@ -29,7 +34,7 @@ double sum_lanes(const FloatVector* v) {
   // One by one: a copy of them all would keep them in memory, and out of registers before it.
   unroll<kVectors>([&](auto j) { store(lanes + j * kWidth, v[j]); });
   for (int i = 0; i < kLanes; ++i) wide[i] = lanes[i];
-  return pairwise_sum(wide, kLanes);
+  return pairwise_sum(wide);
 }
 
 MMBAL_HD double to_double(double x) { return x; }
@@ -79,7 +84,7 @@ Partial moments_in_double(const void* data, int64_t count) {
   double lanes[kLanes] = {};
   const int64_t sample = count < kSample ? count : kSample;
   for_each_in_lanes(x, sample, [&](T value, int lane) { lanes[lane] += to_double(value); });
-  const double pivot = pairwise_sum(lanes, kLanes) / static_cast<double>(sample);
+  const double pivot = pairwise_sum(lanes) / static_cast<double>(sample);
   double shifted[kLanes] = {};
   double squares[kLanes] = {};
   for_each_in_lanes(x, count, [&](T value, int lane) {
@@ -87,7 +92,7 @@ Partial moments_in_double(const void* data, int64_t count) {
     shifted[lane] += d;
     squares[lane] += d * d;
   });
-  return partial_from_shifted(pivot, pairwise_sum(shifted, kLanes), pairwise_sum(squares, kLanes),
+  return partial_from_shifted(pivot, pairwise_sum(shifted), pairwise_sum(squares),
                               static_cast<double>(count));
 }
 
@@ -171,14 +176,17 @@ MMBAL_HD void for_each_group(const NoiseKey key, uint64_t index, int64_t count,
   };
   // The words of the next group are computed beside the normals of this one: two chains of
   // dependent operations, where one would leave the processor waiting.
+  if (count <= 0) return;
   uint64_t block = index >> 2;
   auto words = words_of(block);
-  for (int64_t i = 0; i < count; i += kGroup) {
+  int64_t i = 0;
+  for (; i + kGroup < count; i += kGroup) {
     block += kWidth;
     const auto z = normals<Simd>(words);
     words = words_of(block);
     sink(i, z);
   }
+  sink(i, normals<Simd>(words));
 }
 
 void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]) {
@@ -310,7 +318,7 @@ bool scale<double>(void* data, int64_t count, double k) {
     finite[lane] += value * 0.0;
     if (k != 1) value *= k;
   });
-  return pairwise_sum(finite, kLanes) == 0;
+  return pairwise_sum(finite) == 0;
 }
 
 template <class T>
@@ -388,7 +396,7 @@ double sum_row_lanes(const FloatVector* v) {
   double wide[kRowLanes];
   unroll<kRowVectors>([&](auto j) { store(lanes + j * kWidth, v[j]); });
   for (int i = 0; i < kRowLanes; ++i) wide[i] = lanes[i];
-  return pairwise_sum(wide, kRowLanes);
+  return pairwise_sum(wide);
 }
 
 template <class T>

@@ -238,16 +238,8 @@ struct PhiloxLanes {
   }
   // kWidth numbers, of which each 128 bits go to two 64-bit lanes of even and of odd.
   static MMBAL_HD U widen(UintVector u) {
-    typedef uint64_t Wide __attribute__((vector_size(4 * kWidth)));
-    U result;
-    Wide even, odd;
-    for (int i = 0; i < kWidth / 2; ++i) {
-      even[i] = u[i / 2 * 4 + i % 2];
-      odd[i] = u[i / 2 * 4 + i % 2 + 2];
-    }
-    result.even = (UintVector)even;
-    result.odd = (UintVector)odd;
-    return result;
+    const FloatVector lanes = (FloatVector)u;
+    return {(UintVector)zip_low(lanes, lanes), (UintVector)zip_high(lanes, lanes)};
   }
   static MMBAL_HD UintVector narrow(const U& u) {
     return (UintVector)evens((FloatVector)u.even, (FloatVector)u.odd);
