@@ -65,11 +65,17 @@ def require_equal(op: str, values: dict[str, int], group: ProcessGroup) -> None:
         )
 
 
-def refuse_flattened(op: str, modality: str, owner: object, parameters: Sequence[Tensor]) -> None:
+def refuse_flattened(op: str, what: str, owner: object, parameters: Sequence[Tensor]) -> None:
     """Raises for parameters whose gradients are not there when a step needs them.
 
     FSDP1 keeps them in flat parameters that end anywhere in a tensor; DeepSpeed's ZeRO partitions
     them and steps inside ``backward``.
+
+    Args:
+        op: who asks, for the error.
+        what: whose parameters they are, for the error.
+        owner: the module that they were found in, or something else.
+        parameters: what was found.
 
     Raises:
         TypeError: says what to use instead.
@@ -78,7 +84,7 @@ def refuse_flattened(op: str, modality: str, owner: object, parameters: Sequence
     emptied = isinstance(owner, nn.Module) and not parameters
     if emptied and getattr(owner, "_is_fsdp_managed_module", False):
         raise TypeError(
-            f"{op}: modality '{modality}' must not be flattened by FullyShardedDataParallel; "
+            f"{op}: {what} must not be flattened by FullyShardedDataParallel; "
             f"{_INSTEAD} (got a module without parameters of its own)"
         )
     for parameter in parameters:
@@ -89,7 +95,7 @@ def refuse_flattened(op: str, modality: str, owner: object, parameters: Sequence
         else:
             continue
         raise TypeError(
-            f"{op}: modality '{modality}' must not be flattened by {wrapper}; {_INSTEAD} "
+            f"{op}: {what} must not be flattened by {wrapper}; {_INSTEAD} "
             f"(got a {type(parameter).__name__} of shape {tuple(parameter.shape)})"
         )
 

@@ -15,6 +15,7 @@ from mmbal_fast.functional._norms import accumulate_speeds_
 from mmbal_fast.methods._distributed import (
     is_distributed,
     local_gradient,
+    refuse_flattened,
     resolve_group,
     shard_count,
 )
@@ -59,7 +60,8 @@ class ConditionalLearningSpeed:
         ValueError: fewer than two branches, different names in ``main`` and ``bypass``, a group
             without parameters or whose weights are all zero, a parameter in two groups that may
             not share, or one that is sharded over ranks outside ``process_group``.
-        TypeError: a value that is not made of modules and parameters.
+        TypeError: a value that is not made of modules and parameters, or whose parameters are
+            flattened by FSDP1 or partitioned by DeepSpeed's ZeRO.
 
     Example:
         >>> import torch
@@ -100,6 +102,8 @@ class ConditionalLearningSpeed:
             label: parameters_of(value, f"{op}: {label}")
             for label, value in zip(labels, values, strict=True)
         }
+        for (label, parameters), value in zip(groups.items(), values, strict=True):
+            refuse_flattened(op, label, value, parameters)
         members: dict[Tensor, list[int]] = {}
         for row, (label, parameters) in enumerate(groups.items()):
             if not parameters:

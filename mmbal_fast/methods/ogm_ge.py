@@ -482,7 +482,8 @@ def _collect(
     for index, (modality, value) in enumerate(modalities.items()):
         found = False
         named = _named(op, modality, value)
-        _distributed.refuse_flattened(op, modality, value, [parameter for _, parameter in named])
+        found_here = [parameter for _, parameter in named]
+        _distributed.refuse_flattened(op, f"modality '{modality}'", value, found_here)
         for name, parameter in named:
             if isinstance(parameter, nn.UninitializedParameter):
                 raise ValueError(

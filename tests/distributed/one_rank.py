@@ -73,6 +73,10 @@ def check_flat_parameters_are_refused(folder: Path) -> None:
                     flatten(net)
             with pytest.raises(TypeError, match=r"'audio' must not be .*use .*fully_shard"):
                 mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
+            with pytest.raises(TypeError, match=r"\['audio'\] must not be .*use .*fully_shard"):
+                mmbal_fast.ConditionalLearningSpeed(
+                    main=net.encoders(), bypass={name: net.head for name in net.encoders()}
+                )
 
 
 if __name__ == "__main__":

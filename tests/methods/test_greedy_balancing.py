@@ -356,6 +356,38 @@ def test_steps_that_a_scaler_skips_leave_no_trace(unscale: bool) -> None:
     assert balancing.log.decision.max() >= 0
 
 
+def test_accumulation_over_micro_batches_equals_one_batch() -> None:
+    inputs, target = torch.randn(2, 24, 3), torch.arange(24) % 3
+    nets, speeds = [Net(), Net()], []
+    for net, parts in zip(nets, (1, 4), strict=True):
+        balancing = GreedyBalancing(net, warmup_steps=0, epsilon=0.0)
+        for batch, labels in zip(inputs.chunk(parts, 1), target.chunk(parts), strict=True):
+            losses = [nn.functional.cross_entropy(each, labels) for each in net(*batch)]
+            (torch.stack(losses).sum() / parts).backward()
+        speeds.append(balancing.step().speed)
+    torch.testing.assert_close(speeds[1], speeds[0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(nets[0].mmtms, nets[1].mmtms, strict=True):
+        assert one.num_samples == other.num_samples == 24
+        torch.testing.assert_close(other.running_gate, one.running_gate)
+        torch.testing.assert_close(other.running_squeeze, one.running_squeeze)
+        assert torch.equal(other.average_gate, one.average_gate)
+        assert one.average_gate.any()
+
+
+def test_a_new_object_goes_on_with_new_parameters() -> None:
+    model = Net()
+    options: dict[str, Any] = {"warmup_steps": 1, "epsilon": 0.0}
+    balancing = GreedyBalancing(model, **options)
+    train(model, balancing, torch.optim.SGD(model.parameters(), lr=0.1), range(3))
+    model.branches["m0"].append(nn.Linear(3, 3))
+    again = GreedyBalancing(model, **options)
+    again.load_state_dict(balancing.state_dict())
+    assert all(map(torch.equal, again.log, balancing.log))
+    new = model.branches["m0"][2]
+    assert any(each is new.weight for each in again.learning_speed._parameters)
+    assert not any(each is new.weight for each in balancing.learning_speed._parameters)
+
+
 def test_a_scaler_needs_its_optimizer_and_counts_only_if_it_is_enabled() -> None:
     model = Net()
     balancing = GreedyBalancing(model, warmup_steps=0)

@@ -311,6 +311,18 @@ class Refusals:
         ConditionalLearningSpeed(main={"a": a, "b": b}, bypass={"a": a, "c": b})
 
     @staticmethod
+    def flattened() -> None:
+        model = Net()
+        model.audio[1].weight._fsdp_flattened = True  # as FSDP1 does
+        ConditionalLearningSpeed.from_model(model)
+
+    @staticmethod
+    def partitioned() -> None:
+        model = Net()
+        model.mmtms[0].squeeze.weight.ds_id = 0  # as DeepSpeed's ZeRO does
+        ConditionalLearningSpeed.from_model(model)
+
+    @staticmethod
     def names_for_modules() -> None:
         names: Any = {"image": "image", "audio": "audio"}
         ConditionalLearningSpeed.from_model(Net(), names)
@@ -342,6 +354,8 @@ class Refusals:
         (Refusals.infinite_weights, ValueError, r"bypass\['audio'\] .*\(got (inf|nan)\)"),
         (Refusals.one_branch, ValueError, r"at least two branches \(got \['a'\]\)"),
         (Refusals.other_names, ValueError, r"branches of main, \['a', 'b'\] \(got \['a', 'c'\]\)"),
+        (Refusals.flattened, TypeError, r"main\['audio'\] must not be .*use .*fully_shard"),
+        (Refusals.partitioned, TypeError, r"bypass\['image'\] must not be .*ZeRO; use"),
         (Refusals.names_for_modules, TypeError, r"branches\['image'\] must be .*got 'image'"),
         (Refusals.numbers_for_modules, TypeError, r"branches\['image'\] must be .*got 1\)"),
     ],
