@@ -80,11 +80,11 @@ def check_a_rank_without_samples(folder: Path) -> None:
 
 def check_training_where_a_rank_gets_no_samples(folder: Path) -> None:
     """With a loss that is a sum over samples, as it must be: the mean of none is not a number."""
-    one, net = TwoEncoders(), TwoEncoders()
-    models = [one, DistributedDataParallel(net)]
+    one, nets = TwoEncoders(), [TwoEncoders(), TwoEncoders()]
+    models = [one, *(wrap(net) for net, wrap in zip(nets, WRAPPERS.values(), strict=True))]
     balancers = [
         mmbal_fast.OGMGE(one.encoders(), alpha=0.5, process_group=alone()),
-        mmbal_fast.OGMGE(net.encoders(), alpha=0.5),
+        *(mmbal_fast.OGMGE(net.encoders(), alpha=0.5) for net in nets),
     ]
     for step in range(6):
         batch, target = batch_of(step)
@@ -92,18 +92,21 @@ def check_training_where_a_rank_gets_no_samples(folder: Path) -> None:
         cut = 4 if step % 3 == 1 else (8, 0, 5)[step % 3]
         mine = slice(0, cut) if dist.get_rank() == 0 else slice(cut, 8)
         count = (target >= 0).sum()
-        for model, balancer, part in zip(models, balancers, (slice(0, 8), mine), strict=True):
-            inputs, labels = part_of((batch, target), part)
+        for model, balancer in zip(models, balancers, strict=True):
+            alone_here = model is one
+            inputs, labels = part_of((batch, target), slice(0, 8) if alone_here else mine)
+            model.zero_grad()
             fused, logits = model(inputs)
             loss = nn.functional.cross_entropy(fused, labels, reduction="sum") / count
-            model.zero_grad()
-            (loss if model is one else 2 * loss).backward()  # DDP takes the mean over ranks
+            (loss if alone_here else 2 * loss).backward()  # wrappers take the mean over ranks
             balancer.step(logits, labels)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.sub_(parameter.grad, alpha=0.05)
-    assert equal_on_all_ranks(parameters_of(net))
-    torch.testing.assert_close(parameters_of(net), parameters_of(one), rtol=1e-3, atol=1e-4)
+    for net in nets:
+        found = parameters_of(net)
+        assert equal_on_all_ranks(found)
+        torch.testing.assert_close(found, parameters_of(one), rtol=1e-3, atol=1e-4)
 
 
 def check_a_group_of_one_is_alone(folder: Path) -> None:
