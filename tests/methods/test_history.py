@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,6 +223,30 @@ def test_plots_also_what_is_not_finite(tmp_path: Path, modalities: int) -> None:
     assert len(set(map(tuple, picture[:, :, :3].reshape(-1, 3)[::7].round(2)))) > 20  # lines
     history.plot(tmp_path / "history.svg", window=1)
     assert (tmp_path / "history.svg").stat().st_size > 1000
+
+
+def test_plot_draws_every_step_and_the_running_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
+    history = ModulationHistory(NAMES)
+    for step in range(10):
+        history.record(record(1.0 + step % 3), step=5 * step)
+    history.plot(tmp_path / "history.png", window=4)
+    table = history.to_dict()
+    panels = drawn[0].axes
+    assert len(panels) == 3
+    for axes, quantity in zip(panels, ("score", "ratio", "coefficient"), strict=True):
+        lines = [line for line in axes.lines if len(line.get_xdata()) == 10]
+        for index, name in enumerate(NAMES):
+            faint, bold = lines[2 * index : 2 * index + 2]
+            values = table[f"{quantity}/{name}"]
+            assert bold.get_label() == name
+            assert list(faint.get_xdata()) == list(bold.get_xdata()) == table["step"]
+            assert list(faint.get_ydata()) == values
+            assert list(bold.get_ydata()) == running_mean(torch.tensor(values), 4).tolist()
 
 
 def test_running_mean_takes_the_last_finite_values() -> None:
