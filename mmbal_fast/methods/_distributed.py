@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,11 @@ def require_equal(op: str, values: dict[str, int], group: ProcessGroup) -> None:
         raise RuntimeError(
             f"{op}: every rank must have the same state (got by rank {', '.join(differing)})"
         )
+
+
+def hash_of(*values: object) -> int:
+    """Of what they print as: for `require_equal`."""
+    return zlib.crc32(repr(values).encode())
 
 
 def refuse_flattened(op: str, what: str, owner: object, parameters: Sequence[Tensor]) -> None:

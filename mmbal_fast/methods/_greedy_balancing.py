@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmbal_fast.methods._distributed import hash_of, require_equal
 from mmbal_fast.methods._grad_scaler import as_optimizers, found_inf, unscale_
 from mmbal_fast.methods._greedy_model import Parameters, find_mmtms
 from mmbal_fast.methods._greedy_speed import ConditionalLearningSpeed
@@ -231,6 +232,31 @@ class GreedyBalancing:
         rows = rows[max(0, len(rows) - int(self._step)) :]
         step, rebalanced, decision = rows[:, :3].to(torch.int64).unbind(1)
         return GreedyLog(step, rebalanced, decision, rows[:, 3:])
+
+    def check_in_sync(self) -> None:
+        """Raises if the ranks' settings, step numbers, learning speeds or windows differ.
+
+        For debugging: one all-gather of 48 bytes, read by the host. Does nothing on a single rank.
+
+        Raises:
+            RuntimeError: names what differs, with what each rank has.
+        """
+        measure = self.learning_speed
+        if measure._group is not None:
+            require_equal(
+                "GreedyBalancing.check_in_sync",
+                {
+                    "step": int(self._step),
+                    "enabled": int(self.enabled),
+                    "steps left of the window": int(self._remaining),
+                    "hash of warmup_steps, epsilon and window": hash_of(
+                        self.warmup_steps, self.epsilon, self.window
+                    ),
+                    "hash of the branches' names": hash_of(self.branch_names),
+                    "hash of the learning speeds": hash_of(measure._totals.tolist()),
+                },
+                measure._group,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs besides the model: sums, counters, open window, log."""

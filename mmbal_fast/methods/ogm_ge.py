@@ -420,9 +420,11 @@ class OGMGE:
                     "seed": self.seed,
                     "step": int(self._counter.item()),
                     "enabled": int(self.enabled),
-                    "hash of alpha, noise and rule": _hash(self.alpha, self.noise, self._rule_name),
-                    "hash of the parameters' names": _hash(self._names),
-                    "hash of the coefficients": _hash(self._state[2].tolist()),
+                    "hash of alpha, noise and rule": _distributed.hash_of(
+                        self.alpha, self.noise, self._rule_name
+                    ),
+                    "hash of the parameters' names": _distributed.hash_of(self._names),
+                    "hash of the coefficients": _distributed.hash_of(self._state[2].tolist()),
                 },
                 self._group,
             )
@@ -540,7 +542,3 @@ def _ids(names: list[str]) -> list[int]:
             number = (number + 1) % 2**32
         ids[number] = None
     return list(ids)
-
-
-def _hash(*values: object) -> int:
-    return zlib.crc32(repr(values).encode())

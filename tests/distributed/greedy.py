@@ -125,6 +125,31 @@ def check_ranks_with_other_gradients_decide_alike(folder: Path) -> None:
     assert equal_on_all_ranks(balancing.log.decision)
 
 
+def check_greedy_balancing_in_sync_names_what_differs(folder: Path) -> None:
+    for attribute, value, what in [
+        ("epsilon", 0.5, "hash of warmup_steps, epsilon and window"),
+        ("branch_names", ("a", "b"), "hash of the branches' names"),
+        ("enabled", False, r"enabled \[1, 0\]"),
+        ("_remaining", torch.tensor([2]), r"steps left of the window \[0, 2\]"),
+        ("_step", torch.tensor([5]), r"step \[1, 5\]"),
+    ]:
+        net = Net()
+        balancing = GreedyBalancing(net, **OPTIONS)
+        backward(net, batch_of(dist.get_rank()))
+        balancing.step()
+        balancing.check_in_sync()
+        if dist.get_rank() == 1:
+            setattr(balancing, attribute, value)
+        with pytest.raises(RuntimeError, match=what) as raised:
+            balancing.check_in_sync()
+        assert "speeds" not in str(raised.value)
+        balancing.learning_speed.reset()
+        if dist.get_rank() == 1:
+            balancing.learning_speed._totals += 1.0
+        with pytest.raises(RuntimeError, match="hash of the learning speeds"):
+            balancing.check_in_sync()
+
+
 def check_the_communication_of_greedy_balancing(folder: Path) -> None:
     """One all-reduce of a squared norm for every weight and every gradient; no host read."""
     net = Net()

@@ -38,6 +38,7 @@ from tests.distributed.checks import (
     uninitialized,
 )
 from tests.distributed.greedy import (  # noqa: F401  - run with those below
+    check_greedy_balancing_in_sync_names_what_differs,
     check_greedy_balancing_joins_at_its_first_step,
     check_greedy_balancing_saves_and_resumes,
     check_greedy_balancing_under_ddp_equals_one_process,
