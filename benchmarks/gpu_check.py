@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command: ``make gpu-check``.
 
 Builds for the GPU that is there, runs the tests on it, runs compute-sanitizer over a small set,
-times the step, and writes benchmarks/results/<gpu>-*.json. Uses the python3 that runs it, which
-must hold torch, cmake, ninja and pybind11; needs no network. Under 9 minutes on a server.
+times the step in both of its forms, and writes benchmarks/results/<gpu>-*.json. Uses the python3
+that runs it, which must hold torch, cmake, ninja and pybind11; needs no network. Under 9 minutes on
+a server.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def main() -> int:
         outcome["memcheck"] = outcome["racecheck"] = "not run: compute-sanitizer is not on PATH"
     if outcome["build"] == "ok":
         sys.path.insert(0, str(ROOT))
-        outcome |= {"step": step_facts()}
+        outcome |= {"step": step_facts(), "launch_forms": launch_forms("cuda")}
         bench = [python, "-m", "mmbal_fast", "bench", "--device", "cuda", "--out", str(RESULTS)]
         outcome["bench"] = run("bench", [*bench, "--no-compile"], environment, 180)
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ def small_set() -> None:
     """Every kernel and every type once, on tensors around a chunk's edges, at odd alignments."""
     import torch
 
-    from mmbal_fast import functional
+    from mmbal_fast import _backend, functional
 
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         base = torch.randn(3 * 4096 + 64, device="cuda").to(dtype)
@@ -112,6 +114,8 @@ def small_set() -> None:
         coefficients = torch.tensor([0.3, 1.0], device="cuda")
         for noise in (0.0, 1.0):
             functional.modulate_(grads, coefficients, [0, 1, 0], noise=noise, offsets=[0, 5, 2**34])
+        with _backend.using(_backend.native, in_one_launch=True):
+            functional.modulate_(grads, coefficients, [0, 1, 0], offsets=[0, 5, 2**34])
         functional.noise_like(base, seed=1, step=2)
         for classes in (6, 310, 5000):
             logits = [torch.randn(9, classes, device="cuda").to(dtype) for _ in range(3)]
@@ -159,6 +163,45 @@ def step_facts() -> dict[str, Any]:
         "reserved_bytes_grown": grew,
         "graph_replay_equals_eager": replay_equals_eager(captured),
     }
+
+
+def launch_forms(device: str) -> dict[str, Any]:
+    """Milliseconds of a step whose kernels measure and update in two launches and in one, in turn.
+
+    The slower form can go: csrc/cuda/single_launch.cu or, where moments are measured, the launch in
+    csrc/cuda/modulate.cu.
+    """
+    import torch
+
+    from mmbal_fast import _backend
+    from mmbal_fast.bench._measure import Provider, interleaved
+    from mmbal_fast.bench._providers import OURS, step
+    from mmbal_fast.bench._workloads import GRADIENTS
+
+    where = torch.device(device)
+    outcome: dict[str, Any] = {}
+    for name in ("av-resnet18", "tiny", "many"):
+        providers = step(GRADIENTS[name], torch.float32, where, True, False)
+        ours = next(each for each in providers if each.name == OURS)
+
+        def run(in_one_launch: bool, ours: Provider = ours) -> None:
+            _backend.single_launch = in_one_launch
+            ours.run()
+
+        forms = [
+            Provider("two launches", partial(run, False), ours.restore),
+            Provider("one launch", partial(run, True), ours.restore),
+        ]
+        try:
+            timings = interleaved(forms, where, seconds=2.0)
+        finally:
+            _backend.single_launch = False
+        outcome[name] = {
+            form: {f"p{q}": round(1e3 * timing.quantile(q / 100), 5) for q in (20, 50, 80)}
+            for form, timing in timings.items()
+        }
+        outcome[name]["faster"] = min(timings, key=lambda form: timings[form].median)
+    return outcome
 
 
 def replay_equals_eager(captured: Callable[[Callable[[], object]], Callable[[], None]]) -> bool:

@@ -39,6 +39,7 @@ struct Modulation {
   // where one is not finite before that. Both null: do not.
   const float* inverse_scale;
   float* found_inf;
+  bool single_launch;  // on CUDA: measure and update in one launch
 };
 
 // Softmax scores of M modalities over a batch, and what follows from them.

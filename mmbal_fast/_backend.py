@@ -37,6 +37,8 @@ native, why_not = _load()
 
 _cuda_devices = native.cuda_device_count() if native is not None else 0
 _emulated = False  # the CUDA kernels run on host memory
+single_launch = False
+"""Whether CUDA kernels measure and update in one launch: `benchmarks/gpu_check.py` times both."""
 _workspaces: dict[tuple[int, int, bool], Tensor] = {}
 
 if native is None and why_not != "MMBAL_DISABLE_NATIVE is set":
@@ -56,16 +58,17 @@ def runs(device: torch.device) -> ModuleType | None:
 
 
 @contextmanager
-def using(module: ModuleType | None) -> Iterator[None]:
+def using(module: ModuleType | None, *, in_one_launch: bool = False) -> Iterator[None]:
     """Runs another build of the native module, or with None the reference. For tests."""
-    global native, _emulated
-    before, native = (native, _emulated), module
+    global native, _emulated, single_launch
+    before = native, _emulated, single_launch
+    native, single_launch = module, in_one_launch
     _emulated = module is not None and module.build_info()["emulated"]
     _workspaces.clear()
     try:
         yield
     finally:
-        native, _emulated = before
+        native, _emulated, single_launch = before
         _workspaces.clear()
 
 

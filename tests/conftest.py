@@ -6,6 +6,7 @@ import functools
 import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,8 @@ import torch
 from mmbal_fast import _backend
 
 NATIVE = ("cpu", "cuda-emulated", "cuda")
+IN_ONE_LAUNCH = ("cuda-emulated-single", "cuda-single")
+"""CUDA kernels that measure and update in one launch, for the tests of `modulate_`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,13 @@ class Backend:
     @property
     def emulated(self) -> bool:
         """Whether csrc/cuda runs on the CPU: a million elements take seconds."""
-        return self.name == "cuda-emulated"
+        return self.name.startswith("cuda-emulated")
+
+    @contextmanager
+    def running(self) -> Iterator[Backend]:
+        """Makes the operations run on this backend."""
+        with _backend.using(self.native, in_one_launch=self.name in IN_ONE_LAUNCH):
+            yield self
 
 
 @functools.cache
@@ -64,7 +73,7 @@ def make_backend(name: str) -> Backend:
     """The backend of a name; skips the test where the machine has none."""
     if name == "reference":
         return Backend(name, torch.device("cpu"), None)
-    if name == "cuda-emulated":
+    if name.startswith("cuda-emulated"):
         return Backend(name, torch.device("cpu"), emulated_module())
     if name == "cpu":
         return Backend(name, torch.device("cpu"), native_module())
@@ -76,19 +85,31 @@ def make_backend(name: str) -> Backend:
     return Backend(name, torch.device("cuda"), module)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `in_one_launch` run that form of the CUDA kernels, too."""
+    test = metafunc.definition
+    if test.get_closest_marker("in_one_launch") is None:
+        return
+    chosen = {mark.args[0] for mark in test.iter_markers("parametrize")}
+    for fixture, others in (("backend", ["reference", *NATIVE]), ("native", [*NATIVE])):
+        if fixture in metafunc.fixturenames and fixture not in chosen:
+            names = [*others, *IN_ONE_LAUNCH]
+            # A mark, because pytest then leaves out the fixture's own parameters.
+            test.add_marker(pytest.mark.parametrize(fixture, names, indirect=True))
+
+
 @pytest.fixture(params=["reference", *NATIVE])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Runs a test on the reference and on all native code."""
-    chosen = make_backend(request.param)
-    with _backend.using(chosen.native):
+    with make_backend(request.param).running() as chosen:
         yield chosen
 
 
 @pytest.fixture(params=NATIVE)
 def native(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Runs a test on all native code."""
-    chosen = make_backend(request.param)
-    with _backend.using(chosen.native):
+    with make_backend(request.param).running() as chosen:
         yield chosen
 
 

@@ -128,6 +128,7 @@ def test_workspace_is_kept_and_grows(native: Backend) -> None:
     assert _backend.workspace(200, 0) is larger
 
 
+@pytest.mark.in_one_launch
 def test_workspace_serves_operations_in_any_order(native: Backend) -> None:
     """Each leaves the counters in it as the next needs them, of whatever size that is."""
     if not native.cuda_kernels:

@@ -184,12 +184,13 @@ class Unscaling {
 
  private:
   __device__ __forceinline__ Compute scaled(Compute x) {
-    finite_ += x * 0;
-    return x * inverse_;
+    finite_ += static_cast<float>(x * 0);
+    return x * static_cast<Compute>(inverse_);
   }
 
-  Compute inverse_;
-  Compute finite_ = 0;  // becomes NaN where an element is NaN or Inf
+  // Half the registers that doubles would take.
+  float inverse_;
+  float finite_ = 0;  // becomes NaN where an element is NaN or Inf
 };
 
 // Calls f(T{}) with the type that `dtype` stands for.
@@ -307,12 +308,32 @@ __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
 }
 
 // Whether the calling thread is the last of `count` that come here; what the others wrote before
-// is then visible. Leaves the counter at zero.
-__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
+// is then visible.
+__device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t count) {
   if (arrive(counter) != count - 1) return false;
-  *counter = 0;
   fence();
   return true;
+}
+
+// The same, and leaves the counter at zero.
+__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
+  if (!arrives_last(counter, count)) return false;
+  *counter = 0;
+  return true;
+}
+
+// Waits until a counter is beyond a value; what was written before it came there is then visible.
+__device__ __forceinline__ void wait_until_above(const uint32_t* counter, uint32_t value) {
+  for (;;) {
+    uint32_t now;
+#if defined(__CUDA_ARCH__)
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+#else
+    now = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#endif
+    if (now > value) return;
+    __nanosleep(64);
+  }
 }
 
 }  // namespace

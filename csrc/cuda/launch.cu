@@ -6,7 +6,7 @@
 namespace mmbal::cuda {
 namespace {
 
-constexpr int64_t kCounterBytes = (kMany + 1 + 63) / 64 * 64 * sizeof(uint32_t);
+constexpr int64_t kCounterBytes = (kMany + 2 + 63) / 64 * 64 * sizeof(uint32_t);
 constexpr int64_t kRowBytes = kMany * 3 * sizeof(double);
 
 std::string describe(cudaError_t error) {
@@ -44,6 +44,7 @@ Workspace::Workspace(void* memory) {
   char* bytes = static_cast<char*>(memory);
   tensor_counters = reinterpret_cast<uint32_t*>(bytes);
   block_counter = tensor_counters + kMany;
+  ticket = block_counter + 1;
   rows = reinterpret_cast<double*>(bytes + kCounterBytes);
   partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);
   sums = rows;

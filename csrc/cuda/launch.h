@@ -13,7 +13,7 @@ constexpr int kWarps = kThreads / 32;
 // Tensors of one launch: as many as the 32,764 bytes of kernel parameters hold, or, where that is
 // enough, as many as 4 KB hold. Parameters are copied to the device at every launch.
 constexpr int kMany = 792;
-constexpr int kFew = 96;
+constexpr int kFew = 94;
 constexpr size_t kMaxParameterBytes = 32764;
 
 // Number of chunks. Throws if a tensor has more of them than a grid has blocks.
@@ -51,7 +51,8 @@ struct Tensors {
     begin[size] = static_cast<int32_t>(chunks);
     return gradient;
   }
-  int32_t chunks() const { return begin[size]; }
+  MMBAL_HD int32_t chunks() const { return begin[size]; }
+  MMBAL_HD int32_t chunks(int tensor) const { return begin[tensor + 1] - begin[tensor]; }
 };
 
 // What is in Queue::workspace. Counters come first and are zero between calls, whatever operation
@@ -59,6 +60,7 @@ struct Tensors {
 struct Workspace {
   uint32_t* tensor_counters;  // [kMany] chunks done
   uint32_t* block_counter;    // blocks done
+  uint32_t* ticket;           // blocks begun
   double* rows;               // [kMany, 3] moments
   Partial* partials;          // of the chunks of a launch
   double* sums;               // of the scores, in place of rows and partials

@@ -200,7 +200,7 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
                     uint64_t seed, py::handle step, py::handle tensor_ids, py::handle offsets,
                     py::handle given_moments, double eps, py::handle status, bool advance,
                     py::handle names, int threads, py::handle workspace, py::handle inverse_scale,
-                    py::handle found_inf) {
+                    py::handle found_inf, bool single_launch) {
   const std::string op = "modulate_";
   const Sequence list(grads, "modulate_: grads must be a sequence of tensors");
   const Sequence modalities(modality, "modulate_: modality must be a sequence of integers");
@@ -246,8 +246,8 @@ py::object modulate(py::handle grads, py::handle coefficients, py::handle modali
   require_device(k, op + ": coefficients", where, "the gradients");
   if (step_is_tensor) require_device(counter, op + ": step", where, "the gradients");
   Modulation modulation{
-      static_cast<const float*>(k.data()), noise,   eps,    source, nullptr, nullptr,
-      advance ? counter_memory : nullptr,  nullptr, nullptr};
+      static_cast<const float*>(k.data()), noise,   eps,     source,       nullptr, nullptr,
+      advance ? counter_memory : nullptr,  nullptr, nullptr, single_launch};
   if (!given_moments.is_none()) {
     const View rows = checked(op + ": moments", given_moments, kDLFloat, 64);
     require_device(rows, op + ": moments", where, "the gradients");
@@ -557,7 +557,7 @@ PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   m.def("modulate_", &modulate, "grads"_a, "coefficients"_a, "modality"_a, "noise"_a, "seed"_a,
         "step"_a, "tensor_ids"_a, "offsets"_a, "moments"_a, "eps"_a, "status"_a, "advance"_a,
         "names"_a, "threads"_a, "workspace"_a, "inverse_scale"_a = py::none(),
-        "found_inf"_a = py::none());
+        "found_inf"_a = py::none(), "single_launch"_a = false);
   m.def("noise_", &noise, "out"_a, "seed"_a, "step"_a, "tensor_id"_a, "offset"_a, "threads"_a);
   m.def("scores_", &scores, "logits"_a, "target"_a, "ignore_index"_a, "state"_a, "accumulate"_a,
         "alpha"_a, "rule"_a, "status"_a, "threads"_a, "workspace"_a);

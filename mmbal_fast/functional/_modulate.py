@@ -210,6 +210,7 @@ def eager_(grads: Sequence[Tensor | None], update: Update) -> None:
         _backend.workspace,
         update.inverse_scale,
         update.found_inf,
+        _backend.single_launch,
     )
     if unfit is True:
         _per_device_(grads, update)

@@ -98,15 +98,18 @@ def count(loop: list[str], pattern: str) -> int:
 LIMITS = {"Lb0": (45, 48), "Lb1": (48, 58)}
 
 
+@pytest.mark.parametrize(
+    ("file", "kernel"), [("modulate.cu", "apply_kernel"), ("single_launch.cu", "pass_kernel")]
+)
 @pytest.mark.parametrize("unscales", LIMITS)
 def test_instructions_of_an_element(
-    nvcc: str, nvdisasm: str, tmp_path: Path, unscales: str
+    nvcc: str, nvdisasm: str, tmp_path: Path, file: str, kernel: str, unscales: str
 ) -> None:
-    cubin = str(tmp_path / "modulate.cubin")
-    source = str(ROOT / "csrc" / "cuda" / "modulate.cu")
+    cubin = str(tmp_path / "kernels.cubin")
+    source = str(ROOT / "csrc" / "cuda" / file)
     run(nvcc, *FLAGS, "-gencode=arch=compute_90,code=sm_90", "-cubin", "-o", cubin, source)
     found: dict[str, set[float]] = {"float32": set(), "16 bits": set()}
-    for loop in loops(run(nvdisasm, "-c", cubin), rf"apply_kernelILi\d+E{unscales}E"):
+    for loop in loops(run(nvdisasm, "-c", cubin), rf"{kernel}ILi\d+E{unscales}E"):
         normals = 2 * count(loop, r"\bMUFU\.RSQ\b")
         stores = count(loop, r"\bSTG\.E\.128\b")
         if normals == 0 or count(loop, r"\bDMUL\b"):

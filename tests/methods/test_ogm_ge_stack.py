@@ -133,6 +133,7 @@ def scaled_step(
     return record
 
 
+@pytest.mark.in_one_launch
 @pytest.mark.parametrize("noise", [1.0, 0.0])
 @pytest.mark.parametrize("fused_optimizer", [False, True])
 def test_training_with_a_scaler_equals_training_without(
@@ -153,6 +154,7 @@ def test_training_with_a_scaler_equals_training_without(
     assert scaler.get_scale() == 4 * SCALE
 
 
+@pytest.mark.in_one_launch
 @pytest.mark.parametrize("noise", [1.0, 0.0])
 def test_steps_that_the_scaler_skips_leave_no_trace(
     native: Backend, unscaling: Unscale, noise: float
@@ -186,6 +188,7 @@ def test_steps_that_the_scaler_skips_leave_no_trace(
     assert torch.equal(other.bits(), net.bits())
 
 
+@pytest.mark.in_one_launch
 @pytest.mark.parametrize("noise", [1.0, 0.0])
 @pytest.mark.parametrize("spoiled", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 3.0, SCALE])
@@ -691,7 +694,9 @@ def three_steps(native: Backend, noise: float, *, replayed: bool) -> Tensor:
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("native", ["cuda-emulated", "cuda"], indirect=True)
+@pytest.mark.parametrize(
+    "native", ["cuda-emulated", "cuda-emulated-single", "cuda", "cuda-single"], indirect=True
+)
 @pytest.mark.parametrize("noise", [1.0, 0.0])
 def test_a_replayed_graph_draws_new_noise(native: Backend, noise: float) -> None:
     """What three steps do that are captured once equals what they do one by one."""
