@@ -40,6 +40,8 @@ struct Modulation {
   const float* inverse_scale;
   float* found_inf;
   bool single_launch;  // on CUDA: measure and update in one launch
+
+  bool measures() const { return noise != 0 && moments == nullptr; }
 };
 
 // Softmax scores of M modalities over a batch, and what follows from them.

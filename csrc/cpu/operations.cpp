@@ -110,7 +110,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
   Scratch& memory = scratch();
   const uint32_t step = low_word(modulation.source);
   const bool noisy = modulation.noise != 0;
-  const bool measured = noisy && modulation.moments == nullptr;
+  const bool measured = modulation.measures();
   std::atomic<bool> finite{true};
   std::atomic<bool> finite_before{true};
   const auto unscale = [&](DType dtype, const Span& part) {

@@ -22,7 +22,7 @@ template <int kCapacity>
 void modulate_all(const Gradient* gradient, const Gradient* end, const Modulation& modulation,
                   const Queue& queue) {
   const Workspace workspace(queue.workspace);
-  const bool measured = modulation.noise != 0 && modulation.moments == nullptr;
+  const bool measured = modulation.measures();
   Application<kCapacity> application;
   application.settings =
       settings_of(modulation, measured ? workspace.rows : modulation.moments, workspace);
@@ -46,13 +46,10 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
               const Queue& queue) {
   const DeviceGuard guard(queue.device);
   if (count > 0) {
-    const bool measures = modulation.noise != 0 && modulation.moments == nullptr;
-    if (measures && modulation.single_launch) {
-      modulate_in_one_launch(gradients, count, modulation, queue);
-      return;
-    }
-    (count <= kFew ? modulate_all<kFew> : modulate_all<kMany>)(gradients, gradients + count,
-                                                               modulation, queue);
+    const bool one = modulation.single_launch && modulation.measures();
+    (one             ? modulate_in_one_launch
+     : count <= kFew ? modulate_all<kFew>
+                     : modulate_all<kMany>)(gradients, gradients + count, modulation, queue);
   } else if (modulation.advance) {
     launch(advance_kernel, dim3(1), 1, queue, Counter{modulation.advance});
   }

@@ -6,10 +6,10 @@
 
 namespace mmbal::cuda {
 
-// As modulate(), one launch for moments and update: tensors fit in fewer launches the larger they
-// are. Moments must not be given, and noise not be 0.
-void modulate_in_one_launch(const Gradient* gradients, int64_t count, const Modulation& modulation,
-                            const Queue& queue);
+// Gradients [gradient, end) whose moments are to be measured: one launch for that and the update,
+// several where they are more than one can hold.
+void modulate_in_one_launch(const Gradient* gradient, const Gradient* end,
+                            const Modulation& modulation, const Queue& queue);
 
 namespace {
 

@@ -56,8 +56,8 @@ struct Pass {
     const int t = first[wave < 0 ? 0 : wave < waves ? wave : waves];
     return static_cast<uint32_t>(application.tensors.begin[t]);
   }
-  // Tickets before those that measure a wave: all waves before were measured by then, and all but
-  // the last of them updated. One wave more than there are has nothing to measure.
+  // Tickets before those that measure a wave: they measured all waves before and updated all but
+  // the last of these. One wave more than there are has nothing to measure.
   __device__ __forceinline__ uint32_t start(int wave) const {
     return begin(wave) + begin(wave - 1);
   }
@@ -83,8 +83,8 @@ static_assert(sizeof(Pass<kFew>) <= 4096, "see kFew");
 // A tensor's counter goes from 0 over its n chunks as they are measured, to n + 1 when its moments
 // are there, on with every block that has seen this, and back to 0 with the last.
 template <int kCapacity, bool kUnscales>
-__global__ __launch_bounds__(kThreads,
-                             4) void pass_kernel(const Pass<kCapacity> __grid_constant__ pass) {
+__global__ __launch_bounds__(kThreads, 4) void single_launch_kernel(
+    const Pass<kCapacity> __grid_constant__ pass) {
   const Tensors<kCapacity>& tensors = pass.application.tensors;
   __shared__ uint32_t ticket;
   if (threadIdx.x == 0) {
@@ -125,8 +125,8 @@ void pass_over(const Gradient* gradient, const Gradient* end, const Modulation& 
   pass.partials = workspace.partials;
   pass.counters = workspace.tensor_counters;
   pass.ticket = workspace.ticket;
-  const auto kernel =
-      modulation.inverse_scale ? pass_kernel<kCapacity, true> : pass_kernel<kCapacity, false>;
+  const auto kernel = modulation.inverse_scale ? single_launch_kernel<kCapacity, true>
+                                               : single_launch_kernel<kCapacity, false>;
   while (gradient != end) {
     gradient = pass.fill(gradient, end, cache_bytes / kWavesInCache);
     pass.application.settings.advance = gradient == end ? modulation.advance : nullptr;
@@ -138,10 +138,9 @@ void pass_over(const Gradient* gradient, const Gradient* end, const Modulation& 
 
 }  // namespace
 
-void modulate_in_one_launch(const Gradient* gradients, int64_t count, const Modulation& modulation,
-                            const Queue& queue) {
-  (count <= kFew ? pass_over<kFew> : pass_over<kMany>)(gradients, gradients + count, modulation,
-                                                       queue);
+void modulate_in_one_launch(const Gradient* gradient, const Gradient* end,
+                            const Modulation& modulation, const Queue& queue) {
+  (end - gradient <= kFew ? pass_over<kFew> : pass_over<kMany>)(gradient, end, modulation, queue);
 }
 
 }  // namespace mmbal::cuda

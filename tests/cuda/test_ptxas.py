@@ -99,7 +99,8 @@ LIMITS = {"Lb0": (45, 48), "Lb1": (48, 58)}
 
 
 @pytest.mark.parametrize(
-    ("file", "kernel"), [("modulate.cu", "apply_kernel"), ("single_launch.cu", "pass_kernel")]
+    ("file", "kernel"),
+    [("modulate.cu", "apply_kernel"), ("single_launch.cu", "single_launch_kernel")],
 )
 @pytest.mark.parametrize("unscales", LIMITS)
 def test_instructions_of_an_element(
