@@ -128,40 +128,42 @@ def run(cases: Sequence[Case], device: torch.device, console: Console) -> list[_
     rows: list[_report.Row] = []
     threads = torch.get_num_threads()
     columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("copy bandwidth", total=len(cases))
-        copies: dict[int, float] = {}  # copy bandwidth by threads
-        for case in cases:
-            progress.update(task, description=f"{case.name} {str(case.dtype)[6:]}")
-            used = case.threads or threads
-            torch.set_num_threads(used)
-            if used not in copies:
-                copies[used] = names.copy_bandwidth(
-                    device, lambda each: interleaved([each], device, 1.0)[each.name].median
-                )
-            providers = case.providers(device)
-            timings = interleaved(providers, device, case.seconds, case.cold)
-            for provider in providers:
-                counts = Counts()
-                if provider.name not in (names.COMPILED, names.GRAPH):
-                    provider.restore()
-                    counts = count(provider.run)
-                rows.append(
-                    _report.row(
-                        case.name,
-                        provider.name,
-                        device,
-                        case.dtype,
-                        case.noise,
-                        case.elements,
-                        case.least_bytes,
-                        timings[provider.name],
-                        counts,
-                        copies[used],
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("copy bandwidth", total=len(cases))
+            copies: dict[int, float] = {}  # copy bandwidth by threads
+            for case in cases:
+                progress.update(task, description=f"{case.name} {str(case.dtype)[6:]}")
+                used = case.threads or threads
+                torch.set_num_threads(used)
+                if used not in copies:
+                    copies[used] = names.copy_bandwidth(
+                        device, lambda each: interleaved([each], device, 1.0)[each.name].median
                     )
-                )
-            progress.advance(task)
-    torch.set_num_threads(threads)
+                providers = case.providers(device)
+                timings = interleaved(providers, device, case.seconds, case.cold)
+                for provider in providers:
+                    counts = Counts()
+                    if provider.name not in (names.COMPILED, names.GRAPH):
+                        provider.restore()
+                        counts = count(provider.run)
+                    rows.append(
+                        _report.row(
+                            case.name,
+                            provider.name,
+                            device,
+                            case.dtype,
+                            case.noise,
+                            case.elements,
+                            case.least_bytes,
+                            timings[provider.name],
+                            counts,
+                            copies[used],
+                        )
+                    )
+                progress.advance(task)
+    finally:
+        torch.set_num_threads(threads)
     return rows
 
 

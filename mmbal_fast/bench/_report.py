@@ -208,7 +208,7 @@ def _bars(axis: Axes, rows: Sequence[Row], title: str) -> None:
     axis.set_yscale("log")
     axis.set_ylabel("median time, ms (log)")
     axis.set_title(title)
-    labels = [label.removesuffix(" noise").replace(" ", "\n") for label in groups]
+    labels = [label.replace(" noise", "").replace(" ", "\n") for label in groups]
     axis.set_xticks(range(len(groups)), labels, fontsize=7)
     axis.legend(ncols=len(shown), fontsize=8)
     axis.grid(axis="y", alpha=0.3)

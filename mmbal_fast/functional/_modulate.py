@@ -160,8 +160,8 @@ def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
 
 
 def unscales(device: torch.device) -> bool:
-    """Whether `eager_` takes ``inverse_scale`` and ``found_inf`` on this device."""
-    return _backend.runs(device) is not None
+    """Whether `apply_` takes ``inverse_scale`` and ``found_inf`` here; a compiled graph does not."""
+    return _backend.runs(device) is not None and not torch.compiler.is_compiling()
 
 
 def _traced_(grads: Sequence[Tensor | None], update: Update) -> None:

@@ -90,8 +90,8 @@ class FusedUnscaling:
             return None
         own = [each for group in optimizers[0].param_groups for each in group["params"]]
         rest = [parameter for parameter in own if id(parameter) not in fused]
-        # Parameters of another optimizer are not to be unscaled here, float16 ones not at all.
-        if not fused or len(own) - len(rest) != len(fused) or _any_half(own):
+        # Parameters of another optimizer are not to be unscaled here, float16 gradients not at all.
+        if not fused or len(own) - len(rest) != len(fused) or _any_half_gradient(own):
             return None
         return FusedUnscaling(
             scaler,
@@ -115,5 +115,6 @@ class FusedUnscaling:
         state["stage"] = OptState.UNSCALED
 
 
-def _any_half(parameters: Iterable[Tensor]) -> bool:
-    return any(parameter.dtype is torch.float16 for parameter in parameters)
+def _any_half_gradient(parameters: Iterable[Tensor]) -> bool:
+    grads = (parameter.grad for parameter in parameters)
+    return any(grad is not None and grad.dtype is torch.float16 for grad in grads)

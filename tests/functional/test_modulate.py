@@ -497,7 +497,9 @@ def test_one_launch_equals_two(
 ) -> None:
     for name, value in order.items():
         monkeypatch.setenv(f"MMBAL_EMULATION_{name}", value)
-    grads = gradients(sizes, torch.float32, native.device)
+    grads = [
+        torch.randn(size).to(native.device, DTYPES[i % len(DTYPES)]) for i, size in enumerate(sizes)
+    ]
     grads[-1][-1] = INF
     results = []
     for in_one_launch in (False, True):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmbal_fast
 from mmbal_fast.functional import _modulate
+from tests.host_reads import host_reads
 from tests.methods.checkpoints import SAVES
 
 if TYPE_CHECKING:
@@ -570,6 +571,32 @@ def test_resuming_is_bit_exact(save: Callable[..., Callable[[Any], None]], tmp_p
     assert torch.equal(resumed.bits(), net.bits())
 
 
+def test_no_host_read_with_a_scaler(native: Backend, unscaling: Unscale) -> None:
+    net = Net().to(native.device)
+    balancer, optimizer = net.balancer(), sgd(net)
+    scaler = GradScaler(native.device.type, init_scale=SCALE)
+    scaled_step(net, balancer, scaler, optimizer, 0, unscaling)
+    optimizer.zero_grad()
+    logits, target = backward(net, 1, scaler)
+    unscaling(scaler, optimizer)
+    with host_reads() as found:
+        balancer.step(logits, target, grad_scaler=scaler, optimizer=optimizer)
+    assert found == []
+
+
+def test_a_float16_gradient_is_refused_as_by_the_scaler() -> None:
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    weights[1].grad_dtype = torch.float16
+    for weight in weights:
+        weight.grad = torch.ones(2, 2, dtype=weight.grad_dtype)
+    balancer = mmbal_fast.OGMGE({"a": weights[:1], "b": weights[1:]}, alpha=0.5)
+    optimizer, scaler = torch.optim.SGD(weights), GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    logits = {name: torch.zeros(1, 2) for name in ("a", "b")}
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        balancer.step(logits, torch.zeros(1).long(), grad_scaler=scaler, optimizer=optimizer)
+
+
 # ------------------------------------------------------------------------- compilers and graphs
 
 
@@ -623,6 +650,24 @@ def test_compiled_accumulation_between_eager_backward_and_optimizer(
     assert torch.equal(nets[0].bits(), nets[1].bits())
 
 
+def test_a_compiled_step_unscales() -> None:
+    bits = []
+    for compiled in (False, True):
+        net = Net()
+        balancer, optimizer = net.balancer(), sgd(net)
+        scaler = GradScaler("cpu", init_scale=SCALE)
+        step = torch.compile(balancer.step, backend="eager") if compiled else balancer.step
+        for i in range(2):
+            optimizer.zero_grad()
+            logits, target = backward(net, i, scaler)
+            detached = {name: each.detach() for name, each in logits.items()}
+            step(detached, target, grad_scaler=scaler, optimizer=optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        bits.append(net.bits())
+    assert torch.equal(*bits)
+
+
 class OnlyViews(TorchDispatchMode):
     """Refuses torch's own work, which a replay of the kernels alone would leave out."""
 
@@ -633,13 +678,13 @@ class OnlyViews(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def captured(native: Backend, step: Callable[[], object]) -> Callable[[], None]:
-    """What replays a step that is captured instead of run."""
+def captured(native: Backend, step: Callable[[], object]) -> Any:
+    """A graph of a step that is captured instead of run; under emulation its length is known."""
     if not native.emulated:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        return graph.replay
+        return graph
     native.native.begin_capture()
     try:
         with OnlyViews():
@@ -647,7 +692,7 @@ def captured(native: Backend, step: Callable[[], object]) -> Callable[[], None]:
     finally:
         launches = native.native.end_capture()
     assert launches is not None
-    return launches.replay
+    return launches
 
 
 def three_steps(native: Backend, noise: float, *, replayed: bool) -> Tensor:
@@ -681,7 +726,7 @@ def three_steps(native: Backend, noise: float, *, replayed: bool) -> Tensor:
             step()
         torch.cuda.current_stream().wait_stream(side)
     restore()
-    again = captured(native, step) if replayed else step
+    again = captured(native, step).replay if replayed else step
     assert torch.equal(flat(grads), flat(fresh))  # nothing ran
     assert balancer.state_dict()["step"] == 1
     seen = []
@@ -704,6 +749,25 @@ def test_a_replayed_graph_draws_new_noise(native: Backend, noise: float) -> None
     assert torch.equal(three_steps(native, noise, replayed=True), eager)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert torch.equal(eager[one], eager[other]) == (noise == 0)
+
+
+@pytest.mark.parametrize(
+    ("native", "noise", "launches"),
+    [
+        ("cuda-emulated", 1.0, 3),  # scores, moments, update
+        ("cuda-emulated", 0.0, 2),
+        ("cuda-emulated-single", 1.0, 2),
+        ("cuda-emulated-single", 0.0, 2),
+    ],
+    indirect=["native"],
+)
+def test_launches_of_a_step(native: Backend, noise: float, launches: int) -> None:
+    net = Net()
+    logits, target = backward(net, 0)
+    balancer = net.balancer(noise=noise)
+    detached = {name: each.detach() for name, each in logits.items()}
+    balancer.step(detached, target)  # allocates
+    assert len(captured(native, lambda: balancer.step(detached, target))) == launches
 
 
 @pytest.mark.parametrize("native", ["cuda-emulated"], indirect=True)
