@@ -160,7 +160,7 @@ def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
 
 
 def unscales(device: torch.device) -> bool:
-    """Whether `apply_` takes ``inverse_scale`` and ``found_inf`` here; a compiled graph does not."""
+    """Whether `apply_` takes ``inverse_scale`` and ``found_inf``: not in a compiled graph."""
     return _backend.runs(device) is not None and not torch.compiler.is_compiling()
 
 

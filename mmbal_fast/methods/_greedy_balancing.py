@@ -207,7 +207,7 @@ class GreedyBalancing:
         if kept is not None:
             finite &= kept
         speed = measure.speed
-        difference = measure.compared(speed)
+        difference = measure._compared(speed)
         largest, fastest = difference.max(0, keepdim=True)
         row = self._step % len(self._log)  # written again if this step does not count
         self._step.add_(finite)
@@ -236,12 +236,13 @@ class GreedyBalancing:
     def check_in_sync(self) -> None:
         """Raises if the ranks' settings, step numbers, learning speeds or windows differ.
 
-        For debugging: one all-gather of 48 bytes, read by the host. Does nothing on a single rank.
+        For debugging: one all-gather of 56 bytes, read by the host. Does nothing on a single rank.
 
         Raises:
             RuntimeError: names what differs, with what each rank has.
         """
         measure = self.learning_speed
+        measure._join()
         if measure._group is not None:
             require_equal(
                 "GreedyBalancing.check_in_sync",
@@ -249,6 +250,7 @@ class GreedyBalancing:
                     "step": int(self._step),
                     "enabled": int(self.enabled),
                     "steps left of the window": int(self._remaining),
+                    "branch of the window": int(self._branch),
                     "hash of warmup_steps, epsilon and window": hash_of(
                         self.warmup_steps, self.epsilon, self.window
                     ),
@@ -272,9 +274,16 @@ class GreedyBalancing:
         """Resume, and set the gates of the model's MMTMs as they were.
 
         Raises:
-            ValueError: the state is of other branches or of another ``log_size``.
+            ValueError: the mapping has other keys, or is of other branches or of another
+                ``log_size``.
         """
         size = len(self._log) - 1
+        keys = {"branches", "totals", "step", "remaining", "branch", "log"}
+        if set(state) != keys:
+            raise ValueError(
+                f"GreedyBalancing.load_state_dict: state must have the keys {sorted(keys)} "
+                f"(got {sorted(state)})"
+            )
         if len(state["log"]) != size:
             raise ValueError(
                 f"GreedyBalancing.load_state_dict: log must have log_size = {size} rows "

@@ -202,20 +202,21 @@ class ConditionalLearningSpeed:
             bool ``[]``: whether all ``mu`` of this step are finite.
 
         Raises:
-            RuntimeError: no parameter has a gradient.
+            RuntimeError: no parameter has a gradient. On many ranks such a rank takes part instead,
+                with gradients of 0, since the others wait for it.
         """
+        self._join()
         if self._sharded:
             gradients = [local_gradient(each) for each in self._parameters]
         else:  # a frozen parameter may hold an old gradient
             gradients = [each.grad if each.requires_grad else None for each in self._parameters]
         missing = [gradient is None for gradient in gradients]
-        if all(missing):
+        if self._group is None and all(missing):
             raise RuntimeError(
                 "ConditionalLearningSpeed.update: call it between backward and zero_grad, and make "
                 "it after what replaces parameters, as fully_shard does "
                 f"(got no gradient on {len(gradients)} parameters)"
             )
-        self._join()
         if missing != self._missing:  # rows of what is gone
             self._missing = missing
             self._moments[1].zero_()
@@ -233,9 +234,9 @@ class ConditionalLearningSpeed:
 
         For two branches ``[d, -d]``, where ``d`` is the paper's ``d_speed = s_0 - s_1``.
         """
-        return self.compared(self.speed)
+        return self._compared(self.speed)
 
-    def compared(self, speed: Tensor) -> Tensor:
+    def _compared(self, speed: Tensor) -> Tensor:
         """Each speed minus the mean of the others, ``[M]``; not finite where one of them is not."""
         return torch.mv(self._contrast, speed)
 

@@ -121,6 +121,10 @@ def check_ranks_with_other_gradients_decide_alike(folder: Path) -> None:
         balancing.step()
         own.append(by_itself.speed)
     assert not equal_on_all_ranks(torch.stack(own))
+    if dist.get_rank() == 1:  # nor does a rank without any keep the others waiting
+        net.zero_grad()
+    balancing.step()
+    assert len(balancing.log.speed) == 5
     assert equal_on_all_ranks(balancing.log.speed)
     assert equal_on_all_ranks(balancing.log.decision)
 
@@ -131,6 +135,7 @@ def check_greedy_balancing_in_sync_names_what_differs(folder: Path) -> None:
         ("branch_names", ("a", "b"), "hash of the branches' names"),
         ("enabled", False, r"enabled \[1, 0\]"),
         ("_remaining", torch.tensor([2]), r"steps left of the window \[0, 2\]"),
+        ("_branch", torch.tensor([1]), r"branch of the window \[-1, 1\]"),
         ("_step", torch.tensor([5]), r"step \[1, 5\]"),
     ]:
         net = Net()
@@ -168,9 +173,12 @@ def check_the_communication_of_greedy_balancing(folder: Path) -> None:
 
 
 def check_greedy_balancing_joins_at_its_first_step(folder: Path) -> None:
-    net = Net()
+    net, rank = Net(), dist.get_rank()
     with uninitialized():
         late = ConditionalLearningSpeed.from_model(net)
+        balancing = GreedyBalancing(net, warmup_steps=rank)
+    with pytest.raises(RuntimeError, match="hash of warmup_steps, epsilon and window"):
+        balancing.check_in_sync()
     early = ConditionalLearningSpeed.from_model(net)
     backward(net, batch_of(dist.get_rank()))
     late.update()

@@ -277,6 +277,12 @@ def test_refuses_other_states() -> None:
     other = Script(3, warmup_steps=0)
     with pytest.raises(ValueError, match=r"branches must be .*\(got \['m0', 'm1'\]\)"):
         other.balancing.load_state_dict(state)
+    del state["remaining"]
+    same = Script(warmup_steps=0).balancing
+    before = same.state_dict()
+    with pytest.raises(ValueError, match=r"state must have the keys \['branch', .*\(got \['bra"):
+        same.load_state_dict(state | {"totals": torch.ones(2, 2)})
+    assert str(same.state_dict()) == str(before)
 
 
 def test_disabling_ends_the_window() -> None:
