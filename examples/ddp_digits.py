@@ -68,6 +68,7 @@ def main() -> None:
     balancer.check_in_sync()  # raises if they differ
     if dist.get_rank() == 0:
         print("all processes in sync")
+    dist.barrier()  # nobody leaves while a thread of gloo still holds tensors of Python
     dist.destroy_process_group()
 
 

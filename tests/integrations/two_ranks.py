@@ -88,4 +88,5 @@ if __name__ == "__main__":
         result = globals()[f"train_{name}"](folder)
         torch.save(result, folder / f"{name}.{os.environ['RANK']}.pt")
     if dist.is_initialized():
+        dist.barrier()  # as in examples/ddp_digits.py
         dist.destroy_process_group()
