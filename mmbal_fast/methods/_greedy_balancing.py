@@ -250,7 +250,7 @@ class GreedyBalancing:
                     "step": int(self._step),
                     "enabled": int(self.enabled),
                     "steps left of the window": int(self._remaining),
-                    "branch of the window": int(self._branch),
+                    "branch of the window, from 1": int(self._branch) + 1,
                     "hash of warmup_steps, epsilon and window": hash_of(
                         self.warmup_steps, self.epsilon, self.window
                     ),

@@ -135,7 +135,7 @@ def check_greedy_balancing_in_sync_names_what_differs(folder: Path) -> None:
         ("branch_names", ("a", "b"), "hash of the branches' names"),
         ("enabled", False, r"enabled \[1, 0\]"),
         ("_remaining", torch.tensor([2]), r"steps left of the window \[0, 2\]"),
-        ("_branch", torch.tensor([1]), r"branch of the window \[-1, 1\]"),
+        ("_branch", torch.tensor([1]), r"branch of the window, from 1 \[0, 2\]"),
         ("_step", torch.tensor([5]), r"step \[1, 5\]"),
     ]:
         net = Net()
