@@ -97,8 +97,8 @@ uint32_t low_word(const NoiseSource& source) {
 void moments(const Gradient* gradients, int64_t count, double* out, int threads) {
   Scratch& memory = scratch();
   const int64_t elements = list_chunks(gradients, count, memory.chunks);
-  measure(gradients, count, memory.chunks, useful_threads(elements, threads), memory.partials,
-          memory.moments, [](DType, const Span&) {});
+  measure(gradients, count, memory.chunks, useful_threads(elements / kReadsPerWork, threads),
+          memory.partials, memory.moments, [](DType, const Span&) {});
   for (int64_t g = 0; g < count; ++g) {
     const Moments& m = memory.moments[g];
     std::copy_n(&m.count, 3, out + 3 * gradients[g].row);
@@ -125,7 +125,7 @@ void modulate(const Gradient* gradients, int64_t count, const Modulation& modula
     } while (++end < count && (bytes < kWaveBytes || !measured));
     const Gradient* wave = gradients + begin;
     const int64_t elements = list_chunks(wave, end - begin, memory.chunks);
-    const int useful = useful_threads(elements, threads);
+    const int useful = useful_threads(noisy ? elements : elements / kReadsPerWork, threads);
     if (measured) {
       measure(wave, end - begin, memory.chunks, useful, memory.partials, memory.moments, unscale);
     }
@@ -187,8 +187,7 @@ void scores(const Scores& args, int threads) {
   row_scores.assign(static_cast<size_t>(rows), 0.0);
   const int64_t grain = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, args.classes));
   std::atomic<bool> in_range{true};
-  // In elements that are scaled: an exponential takes as long as four, a row's sums as 32 more.
-  const int64_t work = 4 * rows * (args.classes + 32);
+  const int64_t work = rows * (args.classes + 32);  // a row's sums take as long as 32 more
   parallel_for(rows, grain, useful_threads(work, threads), [&](int64_t i) {
     const int64_t m = i / args.batch;
     const int64_t b = i % args.batch;

@@ -9,12 +9,13 @@
 namespace mmbal::cpu {
 namespace {
 
-// Below this many elements a second thread costs more than it brings.
-constexpr int64_t kElementsPerThread = 8 * kChunk;
+// Work is counted in normals or exponentials, which take about as long. Below this much (20 us) a
+// second thread costs more than it brings.
+constexpr int64_t kWorkPerThread = 8 * kChunk;
+constexpr int64_t kReadsPerWork = 8;  // elements that are measured or scaled meanwhile
 
-int useful_threads(int64_t elements, int threads) {
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(threads, elements / kElementsPerThread)));
+int useful_threads(int64_t work, int threads) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, work / kWorkPerThread)));
 }
 
 // Calls f(i) for i in [0, count), each once, on any thread.
