@@ -205,6 +205,8 @@ class BuildNative(build_ext):
         try:
             self._configure(cmake, directory, output.name, switches, environment)
             command = [cmake, "--build", str(directory), "--parallel", str(switches.jobs)]
+            # Targets and not values, which would configure anew and forget all objects.
+            command += ["--target", "_C", *(["_C_emulated"] if switches.emulated else [])]
             subprocess.run(command, check=True, env=environment)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
@@ -234,13 +236,12 @@ class BuildNative(build_ext):
             "MMBAL_SANITIZE": ",".join(switches.sanitize),
             "MMBAL_WERROR": int(switches.werror),
             "MMBAL_PTXAS_VERBOSE": int(switches.ptxas_verbose),
-            "MMBAL_BUILD_EMULATED": int(switches.emulated),
             "MMBAL_WITH_CUDA": int(switches.nvcc is not None),
         }
         if switches.nvcc is not None:
             values["CMAKE_CUDA_COMPILER"] = switches.nvcc
             values["CMAKE_CUDA_ARCHITECTURES"] = ";".join(switches.architectures)
-        # --fresh forgets compilers and paths of an earlier configuration; objects stay.
+        # --fresh forgets the compilers and paths of an earlier configuration, and its objects.
         command = [cmake, "--fresh", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"]
         command += [f"-D{name}={value}" for name, value in values.items()]
         read_by_cmake = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS")

@@ -284,30 +284,38 @@ void scale_and_add_noise<double>(void* data, int64_t count, double k, double amp
   }
 }
 
-template <class T>
-bool scale(void* data, int64_t count, double k) {
-  constexpr int kSums = 4;  // enough to hide the latency of a multiply-add
-  T* x = static_cast<T*>(data);
-  const Update<T> update{Simd::splat(static_cast<float>(k)), {}};
+template <class T, class F>
+MMBAL_HD bool scale_by(T* x, int64_t count, bool writes, F&& scaled) {
+  constexpr int kSums = 4;         // enough to hide the latency of a multiply-add
   FloatVector finite[kSums] = {};  // becomes NaN where an element is NaN or Inf
   int64_t i = 0;
   for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
     unroll<kSums>([&](auto v) {
       const FloatVector g = load(x + i + v * kWidth);
       finite[v] = Simd::fma(g, FloatVector{}, finite[v]);
-      if (k != 1) store(x + i + v * kWidth, update.scaled(g));
+      if (writes) store(x + i + v * kWidth, scaled(g));
     });
   }
   for (; i < count; i += kWidth) {
     transform_tail(x + i, count - i < kWidth ? count - i : kWidth, [&](FloatVector g) {
       finite[0] = Simd::fma(g, FloatVector{}, finite[0]);
-      return update.scaled(g);
+      return scaled(g);
     });
   }
   const FloatVector sum = (finite[0] + finite[1]) + (finite[2] + finite[3]);
   bool all = true;
   for (int lane = 0; lane < kWidth; ++lane) all &= sum[lane] == 0.0f;
   return all;
+}
+
+template <class T>
+bool scale(void* data, int64_t count, double k) {
+  T* x = static_cast<T*>(data);
+  const Update<T> update{Simd::splat(static_cast<float>(k)), {}};
+  if (std::fabs(k) <= 1) {  // nothing to saturate
+    return scale_by(x, count, k != 1, [&](FloatVector g) { return update.k * g; });
+  }
+  return scale_by(x, count, true, [&](FloatVector g) { return update.scaled(g); });
 }
 
 template <>

@@ -9,9 +9,9 @@
 namespace mmbal::cpu {
 namespace {
 
-// Work is counted in normals or exponentials, which take about as long. Below this much (20 us) a
-// second thread costs more than it brings.
-constexpr int64_t kWorkPerThread = 8 * kChunk;
+// Work is counted in normals or exponentials, which take about as long. Below this much (40 us) a
+// second thread that has to be woken costs more than it brings.
+constexpr int64_t kWorkPerThread = 16 * kChunk;
 constexpr int64_t kReadsPerWork = 8;  // elements that are measured or scaled meanwhile
 
 int useful_threads(int64_t work, int threads) {

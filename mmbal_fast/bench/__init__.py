@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = [2**10, 2**13, 2**16, 2**19, 2**22, 2**25, 200_000_000]
+AV = GRADIENTS["av-resnet18"]
 TENSORS = [1, 4, 16, 64, 250, 1000, 4000]
 
 
@@ -44,6 +45,13 @@ class Case:
         return f"{part}{self.workload.name}{', cold' if self.cold else ''}"
 
     @property
+    def beside_usual(self) -> bool:
+        """Whether float32 and contiguous gradients are timed too, to compare elements with."""
+        work = self.workload
+        same = self.noise and isinstance(work, Gradients) and work.shapes == AV.shapes
+        return same and (self.dtype != torch.float32 or work != AV)
+
+    @property
     def elements(self) -> int:
         """How many are read."""
         work = self.workload
@@ -64,6 +72,9 @@ class Case:
         if self.part != "step":
             return names.parts(self.workload, self.dtype, device)[self.part]
         every = names.step(self.workload, self.dtype, device, self.noise, self.compiled)
+        if self.beside_usual:
+            usual = names.step(AV, torch.float32, device, True, False)
+            every += [replace(each, name=names.USUAL) for each in usual if each.name == names.OURS]
         if self.workload.name.startswith("scale-"):
             return [each for each in every if each.name in (names.OURS, names.FLOOR)]
         return every
@@ -71,10 +82,9 @@ class Case:
 
 def quick_cases() -> Iterator[Case]:
     """What is worth a minute."""
-    av = GRADIENTS["av-resnet18"]
-    yield Case(av, torch.float32, noise=True)
-    yield Case(av, torch.float32, seconds=2)
-    yield Case(av, torch.bfloat16, noise=True, seconds=2)
+    yield Case(AV, torch.float32, noise=True)
+    yield Case(AV, torch.float32, seconds=2)
+    yield Case(AV, torch.bfloat16, noise=True, seconds=2)
     yield Case(GRADIENTS["av-resnet18 channels_last"], torch.float32, noise=True, seconds=2)
     yield Case(GRADIENTS["tiny"], torch.float32, noise=True, seconds=1)
     yield Case(Scoring(2, 64, 310), torch.float32, seconds=1)
@@ -83,10 +93,9 @@ def quick_cases() -> Iterator[Case]:
 
 def one_core_cases(seconds: float = 4.0) -> Iterator[Case]:
     """The step on one thread, and what it consists of."""
-    av = GRADIENTS["av-resnet18"]
-    yield Case(av, torch.float32, noise=True, seconds=seconds, threads=1)
+    yield Case(AV, torch.float32, noise=True, seconds=seconds, threads=1)
     for part in ("noise", "moments"):
-        yield Case(av, torch.float32, part=part, seconds=seconds, threads=1)
+        yield Case(AV, torch.float32, part=part, seconds=seconds, threads=1)
 
 
 def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
@@ -100,7 +109,7 @@ def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
                     yield Case(workload, dtype, noise, compare, cold=cold)
     for part in ("noise", "moments"):
         for dtype in DTYPES:
-            yield Case(GRADIENTS["av-resnet18"], dtype, part=part)
+            yield Case(AV, dtype, part=part)
     if not cuda:
         yield from one_core_cases()
     for scoring in SCORING:

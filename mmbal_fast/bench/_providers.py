@@ -24,7 +24,7 @@ BATCH = Scoring(modalities=2, batch=64, classes=6)
 """The logits of a whole step, as in CREMA-D."""
 
 OURS, PUBLISHED, PLAIN, COMPILED, FLOOR = "mmbal_fast", "published", "plain", "compiled", "floor"
-FOREACH, GRAPH = "foreach_mul", "mmbal_fast graph"
+FOREACH, GRAPH, USUAL = "foreach_mul", "mmbal_fast graph", "mmbal_fast float32"
 
 
 def step(

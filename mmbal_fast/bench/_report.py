@@ -155,6 +155,7 @@ def table(rows: Sequence[Row]) -> Table:
 COLOURS = {
     names.OURS: "#0072B2",
     names.GRAPH: "#56B4E9",
+    names.USUAL: "#A6CEE3",
     names.PUBLISHED: "#D55E00",
     names.PLAIN: "#E69F00",
     names.COMPILED: "#CC79A7",
@@ -168,14 +169,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels: dict[str, list[Row]] = {
         "step with noise": [],
         "step without noise": [],
-        "parts of a step": [],
+        "noise and moments alone": [],
+        "scores: modalities x batch x classes": [],
     }
     scaling: list[Row] = []
     for each in rows:
         if each.workload.startswith("scale-"):
             scaling.append(each)
-        elif each.workload.startswith(("noise ", "moments ", "score-")):
-            panels["parts of a step"].append(each)
+        elif each.workload.startswith("score-"):
+            panels["scores: modalities x batch x classes"].append(each)
+        elif each.workload.startswith(("noise ", "moments ")):
+            panels["noise and moments alone"].append(each)
         else:
             panels["step with noise" if each.noise else "step without noise"].append(each)
     shown = {title: found for title, found in panels.items() if found}
@@ -208,7 +212,8 @@ def _bars(axis: Axes, rows: Sequence[Row], title: str) -> None:
     axis.set_yscale("log")
     axis.set_ylabel("median time, ms (log)")
     axis.set_title(title)
-    labels = [label.replace(" noise", "").replace(" ", "\n") for label in groups]
+    labels = [label.removeprefix("score-").replace(" noise", "") for label in groups]
+    labels = [label.replace(" ", "\n") for label in labels]
     axis.set_xticks(range(len(groups)), labels, fontsize=7)
     axis.legend(ncols=len(shown), fontsize=8)
     axis.grid(axis="y", alpha=0.3)

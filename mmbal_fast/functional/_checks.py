@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import SupportsFloat, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -15,6 +17,8 @@ RULES = ("cvpr2022", "cvpr2022_excess", "tpami2024")
 
 def number(op: str, name: str, value: float) -> float:
     """A finite number that is not negative."""
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{op}: {name} must be a number (got {value!r})")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{op}: {name} must be a number from 0 on (got {value})")
     return float(value)
@@ -22,6 +26,9 @@ def number(op: str, name: str, value: float) -> float:
 
 def word64(op: str, name: str, value: int) -> int:
     """A 64-bit integer, as unsigned."""
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{op}: {name} must be an integer (got {value!r})")
+    value = operator.index(value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{op}: {name} must fit 64 bits (got {value})")
     return value % 2**64
@@ -45,12 +52,25 @@ def vector(op: str, name: str, value: Tensor, least: int) -> None:
         )
 
 
+def mapping(op: str, name: str, value: object, holds: str) -> None:
+    """Something by name, such as a dict or an ``nn.ModuleDict``."""
+    if not isinstance(value, Mapping | nn.ModuleDict):
+        raise TypeError(
+            f"{op}: {name} must be a mapping from modalities to {holds} "
+            f"(got {type(value).__name__})"
+        )
+
+
 def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
     """Logits of one shape ``[B, C, ...]`` on one device, and labels that fit them."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a tensor (got {type(target).__name__})")
     if len(logits) == 0:
         raise ValueError(f"{op}: logits must hold at least one tensor (got none)")
     first = logits[0]
     for each in logits:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{op}: logits must be tensors (got {type(each).__name__})")
         if each.dtype not in FLOATS:
             raise TypeError(
                 f"{op}: logits must be float32, float64, float16 or bfloat16 (got {each.dtype})"
@@ -73,9 +93,10 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
         )
     expected = first.shape if soft else first.shape[:1] + first.shape[2:]
     if target.shape != expected:
+        kind = "soft labels (floating point)" if soft else "integer labels"
         raise ValueError(
-            f"{op}: target must have shape {list(expected)} for logits of shape "
-            f"{list(first.shape)} (got {list(target.shape)})"
+            f"{op}: target must have shape {list(expected)} as {kind} for logits of shape "
+            f"{list(first.shape)} (got {list(target.shape)}, {target.dtype})"
         )
 
 

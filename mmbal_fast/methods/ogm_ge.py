@@ -135,6 +135,7 @@ class OGMGE:
         process_group: ProcessGroup | None = None,
     ) -> None:
         op = type(self).__name__
+        _checks.mapping(op, "modalities", modalities, "encoders")
         self.alpha = _checks.number(op, "alpha", alpha)
         self.noise = _checks.number(op, "noise", noise)
         self.rule: Rule = rule
@@ -207,6 +208,7 @@ class OGMGE:
             ValueError: missing or unknown modalities, shapes or devices that do not fit together.
             IndexError: a label out of range, on the CPU; on CUDA it is kept for `check`.
         """
+        _checks.mapping("OGMGE.observe", "logits", logits, "tensors")
         if logits.keys() != set(self.modality_names):
             raise ValueError(
                 f"OGMGE.observe: logits must be given for {list(self.modality_names)} "

@@ -27,7 +27,8 @@ def unimodal_logits(
     - ``fusion="sum"``, one head for each modality: ``x_m W_m^T + b_m``;
     - ``fusion="sum"``, one head over ``x_0 + x_1 + ...``: ``x_m W^T + b / M``.
 
-    In each case the shares add up to the fused logits. Gradients flow through them to the features
+    In each case the shares add up to the fused logits. Features of another type, as autocast makes
+    them, are converted to the head's. Gradients flow through them to the features
     and the head, for use in a loss; `mmbal_fast.OGMGE` detaches what it is given.
 
     Args:
@@ -44,7 +45,7 @@ def unimodal_logits(
     Raises:
         ValueError: ``features`` is empty, ``fusion`` is unknown, widths do not fit the head, or
             ``head`` lacks a modality.
-        TypeError: ``fusion="concat"`` with more than one head.
+        TypeError: ``features`` is no mapping, or ``fusion="concat"`` with more than one head.
 
     Example:
         >>> import torch
@@ -56,6 +57,7 @@ def unimodal_logits(
         >>> torch.allclose(logits["audio"] + logits["image"], fused, atol=1e-6)
         True
     """
+    _require_mapping("unimodal_logits", features)
     if not features:
         raise ValueError("unimodal_logits: features must name at least one modality (got none)")
     if fusion not in ("concat", "sum"):
@@ -72,7 +74,10 @@ def unimodal_logits(
             raise ValueError(
                 f"unimodal_logits: head must have a layer for every name (got none for {missing})"
             )
-        return {name: head[name](each) for name, each in features.items()}
+        return {
+            name: head[name](each.to(head[name].weight.dtype))  # type: ignore[arg-type]
+            for name, each in features.items()
+        }
 
     share = None if head.bias is None else head.bias / len(features)
     if fusion == "sum":
@@ -81,7 +86,7 @@ def unimodal_logits(
                 "unimodal_logits: fusion='sum' with one head takes features of its width "
                 f"{head.in_features} (got {widths})"
             )
-        return {name: linear(each, head.weight, share) for name, each in features.items()}
+        return {name: _linear(each, head.weight, share) for name, each in features.items()}
 
     if sum(widths) != head.in_features:
         raise ValueError(
@@ -90,7 +95,7 @@ def unimodal_logits(
         )
     columns = torch.split(head.weight, widths, dim=1)
     return {
-        name: linear(each, weight, share)
+        name: _linear(each, weight, share)
         for (name, each), weight in zip(features.items(), columns, strict=True)
     }
 
@@ -119,7 +124,7 @@ def masked_logits(
 
     Raises:
         ValueError: ``features`` is empty.
-        TypeError: ``forward`` returns something else than a tensor.
+        TypeError: ``features`` is no mapping, or ``forward`` returns something else than a tensor.
 
     Example:
         >>> import torch
@@ -129,6 +134,7 @@ def masked_logits(
         >>> masked_logits(gated, {"audio": torch.ones(1, 2), "image": torch.ones(1, 2)})
         {'audio': tensor([[0.5000, 0.5000]]), 'image': tensor([[0., 0.]])}
     """
+    _require_mapping("masked_logits", features)
     if not features:
         raise ValueError("masked_logits: features must name at least one modality (got none)")
     zeros = {name: torch.zeros_like(each) for name, each in features.items()}
@@ -142,6 +148,19 @@ def masked_logits(
                 )
             logits[name] = out
     return logits
+
+
+def _require_mapping(op: str, features: object) -> None:
+    if not isinstance(features, Mapping):
+        raise TypeError(
+            f"{op}: features must be a mapping from modalities to tensors "
+            f"(got {type(features).__name__})"
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Outside of the autocast block features may be narrower than the head.
+    return linear(x.to(weight.dtype), weight, bias)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from mmbal_fast import functional
 from mmbal_fast.bench import Case, _baselines, main, run
 from mmbal_fast.bench._measure import Provider, Timing, count, interleaved
-from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, step
+from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, USUAL, step
 from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
 
 CPU = torch.device("cpu")
@@ -118,6 +118,19 @@ def test_threads_of_a_case():
     assert threads_of(Case(small, torch.float32, seconds=0.0, threads=1)) == 1
     assert threads_of(Case(small, torch.float32, seconds=0.0)) == 2
     assert torch.get_num_threads() == 2
+
+
+def test_other_types_are_timed_beside_the_usual_one():
+    small = (((3, 3),), ((4, 4),))
+    cases = [
+        Case(Gradients("small", small), torch.bfloat16, noise=True),
+        Case(GRADIENTS["av-resnet18"], torch.float32, noise=True),
+        Case(GRADIENTS["av-resnet18"], torch.bfloat16),
+        Case(GRADIENTS["av-resnet18"], torch.bfloat16, noise=True),
+        Case(GRADIENTS["av-resnet18 channels_last"], torch.float32, noise=True),
+    ]
+    found = [[each.name for each in case.providers(CPU)].count(USUAL) for case in cases]
+    assert found == [0, 0, 0, 1, 1]
 
 
 def test_channels_last_gradients():

@@ -251,12 +251,14 @@ def test_label_out_of_range(backend: Backend, label: int) -> None:
         (
             [(4, 3), (4, 3)],
             (5,),
-            r"target must have shape \[4\] for logits of shape \[4, 3\] \(got \[5\]\)",
+            r"target must have shape \[4\] as integer labels for logits of shape \[4, 3\] "
+            r"\(got \[5\], torch.int64\)",
         ),
         (
             [(4, 3, 6), (4, 3, 6)],
             (4,),
-            r"target must have shape \[4, 6\] for logits of shape \[4, 3, 6\] \(got \[4\]\)",
+            r"target must have shape \[4, 6\] as integer labels for logits of shape \[4, 3, 6\] "
+            r"\(got \[4\], torch.int64\)",
         ),
         ([], (4,), r"logits must hold at least one tensor \(got none\)"),
     ],
@@ -273,9 +275,19 @@ def test_shapes(
 def test_shape_of_soft_labels(backend: Backend) -> None:
     logits, target = batch(backend)
     with pytest.raises(
-        ValueError, match=r"target must have shape \[4, 3\] for .* \[4, 3\] \(got \[4\]\)"
+        ValueError,
+        match=r"target must have shape \[4, 3\] as soft labels \(floating point\) for .* "
+        r"\[4, 3\] \(got \[4\], torch.float32\)",
     ):
         contribution_scores(logits, target.float())
+
+
+def test_no_tensors() -> None:
+    logits, target = [torch.zeros(2, 3)] * 2, torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"contribution_scores: target must be a tensor \(got list"):
+        contribution_scores(logits, [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"contribution_scores: logits must be tensors \(got list"):
+        contribution_scores([[[0.0]]], target)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])

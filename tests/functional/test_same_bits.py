@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.conftest import Backend
 
 ROOT = Path(__file__).parents[2]
-SIZE = 300_000  # for 9 threads: one takes no less than 32 K normals
+SIZE = 300_000  # for 4 threads: one takes no less than 64 K normals
 
 
 @pytest.fixture(scope="module")

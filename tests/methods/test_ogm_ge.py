@@ -720,6 +720,22 @@ def test_replayed_graph_gets_fresh_noise(native: Backend) -> None:
 # --- bad input
 
 
+def test_arguments_of_other_kinds() -> None:
+    encoders = {name: nn.Linear(2, 2) for name in ("a", "b")}
+    for options, message in (
+        ({"alpha": "0.3"}, r"^OGMGE: alpha must be a number \(got '0.3'\)$"),
+        ({"alpha": 0.3, "seed": 1.5}, r"^OGMGE: seed must be an integer \(got 1.5\)$"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            OGMGE(encoders, **options)
+    listed: Any = list(encoders.values())
+    with pytest.raises(TypeError, match=r"^OGMGE: modalities must be a mapping .* \(got list\)$"):
+        OGMGE(listed, alpha=0.3)
+    logits: Any = [torch.zeros(1, 2)] * 2
+    with pytest.raises(TypeError, match=r"^OGMGE.observe: logits must be a mapping .*got list\)$"):
+        OGMGE(encoders, alpha=0.3).step(logits, torch.zeros(1).long())
+
+
 def test_fewer_than_two_modalities() -> None:
     lonely: dict[str, nn.Module] = {"m0": nn.Linear(2, 2)}
     for encoders in ({}, lonely):

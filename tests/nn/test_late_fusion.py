@@ -113,6 +113,30 @@ def test_no_features() -> None:
         masked_logits(lambda x: x["audio"], {})
 
 
+def test_features_that_are_no_mapping(features: dict[str, Tensor]) -> None:
+    head = nn.Linear(10, 6)
+    for call in (
+        lambda: unimodal_logits(head, features),  # type: ignore[arg-type]
+        lambda: masked_logits(features, head),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"features must be a mapping .* \(got Linear\)"):
+            call()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_features_made_under_autocast(features: dict[str, Tensor], heads: bool) -> None:
+    narrow = {name: each.bfloat16() for name, each in features.items()}
+    wide = {name: each.float() for name, each in narrow.items()}
+    head: nn.Linear | nn.ModuleDict
+    if heads:
+        head = nn.ModuleDict({name: nn.Linear(w, 6) for name, w in WIDTHS.items()})
+        logits = [unimodal_logits(each, head, fusion="sum") for each in (narrow, wide)]
+    else:
+        head = nn.Linear(sum(WIDTHS.values()), 6)
+        logits = [unimodal_logits(each, head) for each in (narrow, wide)]
+    assert all(torch.equal(logits[0][name], logits[1][name]) for name in WIDTHS)
+
+
 class Gated(nn.Module):
     """A fusion with everything that depends on the mode; its gate is frozen in evaluation mode."""
 
