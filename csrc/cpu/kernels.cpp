@@ -134,6 +134,7 @@ void deviations(const T* x, int64_t count, float pivot, double* sum, double* squ
 template <class T>
 Partial moments(const void* data, int64_t count) {
   const T* x = static_cast<const T*>(data);
+  if (count == 1) return {to_double(x[0]), to_double(x[0]) - to_double(x[0])};  // NaN: not finite
   const int64_t sample = count < kSample ? count : kSample;
   FloatVector sum[kVectors] = {};
   for_each_lanes(x, sample, 0.0f,
