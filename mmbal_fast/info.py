@@ -161,6 +161,17 @@ def _noise(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
     return [operations.noise_like(empty, seed=11, step=5, tensor_id=3, offset=6)]
 
 
+def _norms(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    return [operations.squared_norms(_gradients(device), [1, 0, 1])]
+
+
+def _cross_entropy(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    logits = [_numbers(37, 10, seed=seed).to(device).requires_grad_() for seed in range(3)]
+    target = (torch.arange(37) % 10).to(device)
+    loss, losses = operations.blended_cross_entropy(logits, target, [0.5, 0.2, 0.3])
+    return [loss.detach(), losses.detach(), *torch.autograd.grad(loss, logits)]
+
+
 OPERATIONS: dict[str, Operation] = {
     "contribution_scores": _scores,
     "discrepancy_ratios": _ratios,
@@ -168,8 +179,11 @@ OPERATIONS: dict[str, Operation] = {
     "gradient_moments": _moments,
     "modulate_": _modulate,
     "noise_like": _noise,
+    "squared_norms": _norms,
+    "blended_cross_entropy": _cross_entropy,
 }
-"""A small run of each operation: from the module that holds it and a device to its results."""
+"""A small run of each operation that has a kernel: from a module that holds it and a device to its
+results."""
 
 
 def check(operation: str, device: torch.device) -> Check:

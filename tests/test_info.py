@@ -62,7 +62,10 @@ def test_an_operation_that_computes_wrong_fails(operation, factor, monkeypatch, 
             right(first, *arguments, **keywords)
             first[-1] *= factor
             return None
-        return right(first, *arguments, **keywords) * factor
+        result = right(first, *arguments, **keywords)
+        if operation == "blended_cross_entropy":
+            return result[0] * factor, result[1]
+        return result * factor
 
     monkeypatch.setattr(functional, operation, wrong)
     assert "deviates by" in (check(operation, CPU).failure or "")
@@ -123,4 +126,4 @@ def test_json_is_for_programs(capsys):
     assert main(["--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert read["ok"] is True
-    assert [each["operation"] for each in read["checks"]][:6] == list(OPERATIONS)
+    assert [each["operation"] for each in read["checks"]][: len(OPERATIONS)] == list(OPERATIONS)
