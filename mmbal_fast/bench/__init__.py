@@ -104,8 +104,8 @@ def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
     for workload in GRADIENTS.values():
         for dtype in DTYPES:
             for noise in (True, False):
-                compare = compiled and workload.name == "av-resnet18" and dtype == torch.float32
-                for cold in (False, True) if cuda else (False,):
+                compare = compiled and workload == AV and dtype == torch.float32
+                for cold in (False, True) if cuda and workload == AV else (False,):
                     yield Case(workload, dtype, noise, compare, cold=cold)
     for part in ("noise", "moments"):
         for dtype in DTYPES:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from mmbal_fast import functional
-from mmbal_fast.bench import Case, _baselines, main, run
+from mmbal_fast.bench import DTYPES, Case, _baselines, all_cases, main, run
 from mmbal_fast.bench._measure import Provider, Timing, count, interleaved
 from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, USUAL, step
 from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
@@ -118,6 +118,18 @@ def test_threads_of_a_case():
     assert threads_of(Case(small, torch.float32, seconds=0.0, threads=1)) == 1
     assert threads_of(Case(small, torch.float32, seconds=0.0)) == 2
     assert torch.get_num_threads() == 2
+
+
+def test_cases_of_devices():
+    on = {name: list(all_cases(True, torch.device(name))) for name in ("cpu", "cuda")}
+    assert {case.threads for case in on["cpu"]} == {None, 1}
+    assert {case.threads for case in on["cuda"]} == {None}
+    assert not any(case.cold for case in on["cpu"])
+    cold = [case for case in on["cuda"] if case.cold]
+    assert {(case.name, case.dtype, case.noise) for case in cold} == {
+        ("av-resnet18, cold", dtype, noise) for dtype in DTYPES for noise in (True, False)
+    }
+    assert sum(case.compiled for case in on["cpu"]) == 2
 
 
 def test_other_types_are_timed_beside_the_usual_one():
