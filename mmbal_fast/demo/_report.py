@@ -64,7 +64,7 @@ def table(results: Results) -> Table:
         name for trials in results.values() for trial in trials for name in trial.measures
     )
     out = Table()
-    out.add_column("training")
+    out.add_column("training", no_wrap=True)
     for name in ("test accuracy, %", *measures, "added per step"):
         out.add_column(name, justify="right", no_wrap=True)
     for row, trials in results.items():
