@@ -59,7 +59,7 @@ sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and Undef
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    $(abspath $(RUN)) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
-bench: $(VENV)/.has-test native ## time the step against the published loop
+bench: $(VENV)/.has-test native ## time the step against the published loop, 5 minutes
 	$(BIN)/mmbal-fast bench $(ARGS)
 
 # Runs with the python3 that holds torch, on machines that reach no network.

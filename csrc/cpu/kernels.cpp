@@ -175,9 +175,9 @@ MMBAL_HD void for_each_group(const NoiseKey key, uint64_t index, int64_t count,
     return Words<UintVector>{PhiloxLanes::narrow(words.w0), PhiloxLanes::narrow(words.w1),
                              PhiloxLanes::narrow(words.w2), PhiloxLanes::narrow(words.w3)};
   };
+  if (count <= 0) return;
   // The words of the next group are computed beside the normals of this one: two chains of
   // dependent operations, where one would leave the processor waiting.
-  if (count <= 0) return;
   uint64_t block = index >> 2;
   auto words = words_of(block);
   int64_t i = 0;
