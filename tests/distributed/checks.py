@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -233,6 +234,16 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "fsdp2": sharded,
 }
+
+
+def refusal_where_rank_1_has(balancer: Any, attribute: str, value: object, what: str) -> str:
+    """What `check_in_sync`, content before, says once rank 1 has another value."""
+    balancer.check_in_sync()
+    if dist.get_rank() == 1:
+        setattr(balancer, attribute, value)
+    with pytest.raises(RuntimeError, match=what) as raised:
+        balancer.check_in_sync()
+    return str(raised.value)
 
 
 def run_checks(checks: Mapping[str, Any]) -> None:

@@ -584,7 +584,7 @@ def test_no_host_read_with_a_scaler(native: Backend, unscaling: Unscale) -> None
     assert found == []
 
 
-def test_a_float16_gradient_is_refused_as_by_the_scaler() -> None:
+def test_float16_gradients_of_float32_parameters_are_refused_too() -> None:
     weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     weights[1].grad_dtype = torch.float16
     for weight in weights:
