@@ -79,7 +79,12 @@ class MultiHeadLateFusion(nn.Module):
                 f"(got {sorted(inputs)})"
             )
         features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
-        *_, fused = self.head_names
         logits = {name: self.heads[name](each) for name, each in features.items()}
-        logits[fused] = self.heads[fused](torch.cat(list(features.values()), dim=1))
+        logits[self.head_names[-1]] = self.fuse(features)
+        return logits
+
+    def fuse(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits ``[B, C]`` of the fused head from the features ``[B, D_m]`` of each modality."""
+        together = torch.cat([features[name] for name in self.encoders], dim=1)
+        logits: Tensor = self.heads[self.head_names[-1]](together)
         return logits
