@@ -12,7 +12,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck build native sanitize bench gpu-check wheel clean
+.PHONY: help demo test lint format typecheck build native sanitize docs bench gpu-check wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and Undef
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	    $(abspath $(RUN)) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
+
+docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, its examples run
+	$(BIN)/sphinx-build -qW --keep-going -b doctest -d build/docs/trees docs build/docs/doctest
+	$(BIN)/sphinx-build -qW --keep-going -b html -d build/docs/trees docs build/docs/html
 
 bench: $(VENV)/.has-test native ## time the step against the published loop, 5 minutes
 	$(BIN)/mmbal-fast bench $(ARGS)
