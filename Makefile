@@ -23,10 +23,12 @@ demo: $(VENV)/.has-demo native ## train on colored digits with and without balan
 test: $(VENV)/.has-test build ## the whole test-suite
 	$(RUN) -m pytest $(ARGS)
 
-lint: $(VENV)/.has-lint typecheck ## style of Python and C++, types
+lint: $(VENV)/.has-lint typecheck ## style of Python, C++ and workflows, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/actionlint
+	$(BIN)/zizmor --quiet --offline --pedantic .github
 
 format: $(VENV)/.has-lint ## rewrite Python and C++ in the project's style
 	$(BIN)/ruff check --fix .
