@@ -133,3 +133,17 @@ def test_what_works_is_shown_by_a_test(row: str) -> None:
     assert named
     for name in named:
         assert f"\ndef {name}(" in TESTS or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [
+        ("CITATION.cff", r"^version: (\S+)$"),
+        ("docs/citing.md", r"^  version = \{(\S+)\},$"),
+        ("CHANGELOG.md", r"^## (\S+) \(20\d\d-\d\d-\d\d\)$"),
+    ],
+)
+def test_the_version_is_the_same_everywhere(path: str, pattern: str) -> None:
+    found = re.search(pattern, (ROOT / path).read_text(), re.MULTILINE)
+    assert found is not None
+    assert found[1] == mmbal_fast.__version__
