@@ -1,9 +1,15 @@
+#include "operations/cross_entropy.h"
+
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
+#include "cpu/dispatch.h"
+#include "cpu/kernels/cross_entropy.h"
 #include "cpu/parallel.h"
-#include "operations.h"
+#include "device.h"
 
-namespace mmbal::cpu {
+namespace mmbal {
 namespace {
 
 // Rows of one head that a thread takes at a time: a multiple of every vector's width if rows are
@@ -47,16 +53,17 @@ void for_each_block(const CrossEntropy& args, const Blocks& blocks, int threads,
 
 }  // namespace
 
-void cross_entropy(const CrossEntropy& args, int threads) {
+template <>
+void cross_entropy(const CrossEntropy& args, const Cpu& cpu) {
   static thread_local std::vector<double> memory;
-  const KernelTable& table = kernels();
+  const auto& table = kernels<CrossEntropyKernels>();
   const Blocks blocks(args);
   std::vector<double>& sums = memory;  // the caller's, also in the other threads
   sums.assign(static_cast<size_t>(blocks.count), 0.0);
-  for_each_block(args, blocks, threads, [&](int64_t i, int64_t head, int64_t first, int64_t end) {
-    sums[i] =
-        table.cross_entropy[static_cast<int>(args.dtypes[head])](rows_of(args, head), first, end);
-  });
+  for_each_block(
+      args, blocks, cpu.threads, [&](int64_t i, int64_t head, int64_t first, int64_t end) {
+        sums[i] = table.loss[static_cast<int>(args.dtypes[head])](rows_of(args, head), first, end);
+      });
   *args.count = args.rows;
   if (args.labels) {
     *args.count = std::count_if(args.labels, args.labels + args.rows,
@@ -73,12 +80,13 @@ void cross_entropy(const CrossEntropy& args, int threads) {
   write(args.loss, 0, loss, args.wide());
 }
 
-void cross_entropy_backward(const CrossEntropy& args, int threads) {
-  const KernelTable& table = kernels();
+template <>
+void cross_entropy_backward(const CrossEntropyBackward& args, const Cpu& cpu) {
+  const auto& table = kernels<CrossEntropyKernels>();
   const double grad =
       args.wide() ? *static_cast<const double*>(args.grad) : *static_cast<const float*>(args.grad);
   for_each_block(
-      args, Blocks(args), threads, [&](int64_t, int64_t head, int64_t first, int64_t end) {
+      args, Blocks(args), cpu.threads, [&](int64_t, int64_t head, int64_t first, int64_t end) {
         const int dtype = static_cast<int>(args.dtypes[head]);
         const int64_t row_bytes = args.classes * size_of(args.dtypes[head]);
         if (args.weights[head] == 0) {
@@ -87,9 +95,8 @@ void cross_entropy_backward(const CrossEntropy& args, int threads) {
           return;
         }
         const double scale = grad * args.weights[head] / static_cast<double>(*args.count);
-        table.cross_entropy_gradient[dtype](rows_of(args, head), first, end, scale,
-                                            args.grads[head]);
+        table.gradient[dtype](rows_of(args, head), first, end, scale, args.grads[head]);
       });
 }
 
-}  // namespace mmbal::cpu
+}  // namespace mmbal

@@ -1,6 +1,8 @@
-// Cross-entropy of rows of logits; part of kernels.cpp, compiled once per instruction set.
+// Cross-entropy of rows of logits, and its gradient.
 #pragma once
 
+#include "cpu/kernels/cross_entropy.h"
+#include "cpu/softmax.h"
 #include "math/cross_entropy.h"
 
 namespace mmbal {
@@ -58,7 +60,8 @@ RowSums<float> row_sums(const T* row, const float* soft, float top, int64_t clas
   return {static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2])};
 }
 
-RowSums<double> row_sums(const double* row, const double* soft, double top, int64_t classes) {
+inline RowSums<double> row_sums(const double* row, const double* soft, double top,
+                                int64_t classes) {
   RowSums<double> sums{0, 0, 0};
   for (int64_t c = 0; c < classes; ++c) {
     const double d = row[c] - top;
@@ -80,13 +83,13 @@ double sum_of_exponentials(const T* row, float top, int64_t classes) {
   return sum_row_lanes(sum);
 }
 
-double sum_of_exponentials(const double* row, double top, int64_t classes) {
+inline double sum_of_exponentials(const double* row, double top, int64_t classes) {
   double sum = 0;
   for (int64_t c = 0; c < classes; ++c) sum += std::exp(row[c] - top);
   return sum;
 }
 
-double row_max(const double* row, int64_t classes) {
+inline double row_max(const double* row, int64_t classes) {
   double top = row[0];
   for (int64_t c = 1; c < classes; ++c) top = row[c] > top ? row[c] : top;
   return top;
@@ -147,8 +150,8 @@ void long_row_gradient(const Rows& rows, int64_t r, float top, float log_sum, fl
   out[label] = splat_as<T>(gradient.softmax * softmax - gradient.uniform - gradient.label);
 }
 
-void long_row_gradient(const Rows& rows, int64_t r, double top, double log_sum, double scale,
-                       double* out) {
+inline void long_row_gradient(const Rows& rows, int64_t r, double top, double log_sum, double scale,
+                              double* out) {
   const double* row = static_cast<const double*>(rows.logits) + r * rows.classes;
   const double* soft = soft_row<double>(rows, r);
   double mass = soft ? 0 : 1;

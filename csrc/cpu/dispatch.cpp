@@ -4,41 +4,33 @@
 #include <stdexcept>
 
 namespace mmbal {
-
-extern const KernelTable kernels_baseline;
-extern const KernelTable kernels_avx2;
-extern const KernelTable kernels_avx512;
-extern const KernelTable kernels_neon;
-
 namespace {
 
-std::vector<const KernelTable*> supported() {
-  std::vector<const KernelTable*> tables{&kernels_baseline};
+std::vector<Isa> supported() {
+  std::vector<Isa> isas{Isa::baseline};
 #if defined(MMBAL_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    tables.push_back(&kernels_avx2);
-  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::avx2);
 #endif
 #if defined(MMBAL_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    tables.push_back(&kernels_avx512);
+    isas.push_back(Isa::avx512);
   }
 #endif
 #if defined(MMBAL_HAVE_NEON)
-  tables.push_back(&kernels_neon);
+  isas.push_back(Isa::neon);
 #endif
-  return tables;
+  return isas;
 }
 
-const KernelTable& choose() {
-  const auto tables = supported();
+Isa choose() {
+  const auto isas = supported();
   const char* wanted = std::getenv("MMBAL_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *tables.back();
+  if (wanted == nullptr || *wanted == '\0') return isas.back();
   std::string known;
-  for (const KernelTable* table : tables) {
-    if (table->name == std::string(wanted)) return *table;
-    known += (known.empty() ? "" : ", ") + std::string(table->name);
+  for (const Isa isa : isas) {
+    if (name_of(isa) == wanted) return isa;
+    known += (known.empty() ? "" : ", ") + name_of(isa);
   }
   throw std::runtime_error("MMBAL_CPU_ISA: must be one of " + known + " on this processor (got '" +
                            wanted + "')");
@@ -46,15 +38,20 @@ const KernelTable& choose() {
 
 }  // namespace
 
+std::string name_of(Isa isa) {
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "neon"};
+  return kNames[static_cast<int>(isa)];
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const KernelTable* table : supported()) names.emplace_back(table->name);
+  for (const Isa isa : supported()) names.push_back(name_of(isa));
   return names;
 }
 
-const KernelTable& kernels() {
-  static const KernelTable& table = choose();
-  return table;
+Isa chosen_isa() {
+  static const Isa isa = choose();
+  return isa;
 }
 
 }  // namespace mmbal

@@ -6,7 +6,7 @@
 
 #include "math/moments.h"
 
-namespace mmbal::cpu {
+namespace mmbal {
 namespace {
 
 // Work is counted in normals or exponentials, which take about as long. Below this much (40 us) a
@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kWorkPerThread = 16 * kChunk;
 constexpr int64_t kReadsPerWork = 8;  // elements that are measured or scaled meanwhile
 
-int useful_threads(int64_t work, int threads) {
+inline int useful_threads(int64_t work, int threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, work / kWorkPerThread)));
 }
 
@@ -30,4 +30,4 @@ void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
 }
 
 }  // namespace
-}  // namespace mmbal::cpu
+}  // namespace mmbal

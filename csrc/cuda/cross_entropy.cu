@@ -5,6 +5,7 @@
 
 #include "cuda/softmax.h"
 #include "math/cross_entropy.h"
+#include "operations/cross_entropy.h"
 
 namespace mmbal::cuda {
 namespace {
@@ -14,9 +15,10 @@ constexpr int kMaxBlocks = 256;  // that share one head's rows
 
 struct Blending {
   const void* logits[kMaxHeads];
-  void* grads[kMaxHeads];  // backward only
   uint8_t dtypes[kMaxHeads];
   CrossEntropy args;  // but for the lists of the host
+  const void* grad;   // this and the next: backward only
+  void* grads[kMaxHeads];
   bool wide;
   double* sums;  // [heads + 1, gridDim.x]; the last row counts
   uint32_t* block_counter;
@@ -202,8 +204,9 @@ __global__ __launch_bounds__(kThreads,
   const int head = static_cast<int>(blockIdx.y);
   const int group = static_cast<int>(threadIdx.x) / kLanes;
   const CrossEntropy& args = blending.args;
-  const double grad = blending.wide ? *static_cast<const double*>(args.grad)
-                                    : static_cast<double>(*static_cast<const float*>(args.grad));
+  const double grad = blending.wide
+                          ? *static_cast<const double*>(blending.grad)
+                          : static_cast<double>(*static_cast<const float*>(blending.grad));
   const double scale = grad * args.weights[head] / static_cast<double>(*args.count);
   with_type(static_cast<DType>(blending.dtypes[head]), [&](auto type) {
     const int64_t stride = int64_t{gridDim.x} * kRows;
@@ -226,7 +229,6 @@ Blending blending_of(const CrossEntropy& args) {
   Blending blending{};
   for (int64_t k = 0; k < args.heads; ++k) {
     blending.logits[k] = args.logits[k];
-    if (args.grads) blending.grads[k] = args.grads[k];
     blending.dtypes[k] = static_cast<uint8_t>(args.dtypes[k]);
   }
   blending.args = args;
@@ -236,32 +238,38 @@ Blending blending_of(const CrossEntropy& args) {
 
 void launch_rows(void (*warps)(const Blending __grid_constant__),
                  void (*blocks)(const Blending __grid_constant__), const Blending& blending,
-                 const Queue& queue) {
+                 const Cuda& cuda) {
   const CrossEntropy& args = blending.args;
   const bool short_rows = args.classes <= kWarpClasses;
   const dim3 grid(static_cast<unsigned>(blocks_of(args.rows, short_rows ? kWarps : 1)),
                   static_cast<unsigned>(args.heads));
-  launch(short_rows ? warps : blocks, grid, kThreads, queue, blending);
+  launch(short_rows ? warps : blocks, grid, kThreads, cuda, blending);
 }
 
 }  // namespace
+}  // namespace mmbal::cuda
 
-int64_t cross_entropy_workspace_bytes(int64_t heads, int64_t rows) {
-  return Workspace::bytes_for_sums((heads + 1) * blocks_of(rows, 1));
-}
+namespace mmbal {
 
-void cross_entropy(const CrossEntropy& args, const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  const Workspace workspace(queue.workspace);
+template <>
+void cross_entropy(const CrossEntropy& args, const Cuda& cuda) {
+  using namespace cuda;
+  const DeviceGuard guard(cuda.index);
+  const Workspace workspace = Workspace::for_sums(cuda, (args.heads + 1) * blocks_of(args.rows, 1));
   Blending blending = blending_of(args);
   blending.sums = workspace.sums;
   blending.block_counter = workspace.block_counter;
-  launch_rows(loss_kernel<32>, loss_kernel<kThreads>, blending, queue);
+  launch_rows(loss_kernel<32>, loss_kernel<kThreads>, blending, cuda);
 }
 
-void cross_entropy_backward(const CrossEntropy& args, const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  launch_rows(gradient_kernel<32>, gradient_kernel<kThreads>, blending_of(args), queue);
+template <>
+void cross_entropy_backward(const CrossEntropyBackward& args, const Cuda& cuda) {
+  using namespace cuda;
+  const DeviceGuard guard(cuda.index);
+  Blending blending = blending_of(args);
+  blending.grad = args.grad;
+  std::copy_n(args.grads, args.heads, blending.grads);
+  launch_rows(gradient_kernel<32>, gradient_kernel<kThreads>, blending, cuda);
 }
 
-}  // namespace mmbal::cuda
+}  // namespace mmbal

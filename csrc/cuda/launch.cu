@@ -13,6 +13,14 @@ std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
 }
 
+Workspace workspace_of(const Cuda& cuda, int64_t bytes_behind_counters) {
+  char* bytes = static_cast<char*>(cuda.workspace(kCounterBytes + bytes_behind_counters));
+  auto* counters = reinterpret_cast<uint32_t*>(bytes);
+  auto* rows = reinterpret_cast<double*>(bytes + kCounterBytes);
+  auto* partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);
+  return {counters, counters + kMany, counters + kMany + 1, rows, partials, rows};
+}
+
 }  // namespace
 
 int32_t chunks_of(int64_t count) {
@@ -21,6 +29,12 @@ int32_t chunks_of(int64_t count) {
   throw std::runtime_error("mmbal_fast: a tensor on CUDA must have at most " +
                            std::to_string(INT32_MAX * kChunk) + " elements (got " +
                            std::to_string(count) + ")");
+}
+
+int64_t chunks_of(const Gradient* gradients, int64_t count) {
+  int64_t chunks = 0;
+  for (int64_t g = 0; g < count; ++g) chunks += chunks_of(gradients[g].count);
+  return chunks;
 }
 
 void check(cudaError_t error, const char* call) {
@@ -40,43 +54,31 @@ DeviceGuard::~DeviceGuard() {
   if (changed_) cudaSetDevice(before_);  // was current, so can be; and a destructor cannot throw
 }
 
-Workspace::Workspace(void* memory) {
-  char* bytes = static_cast<char*>(memory);
-  tensor_counters = reinterpret_cast<uint32_t*>(bytes);
-  block_counter = tensor_counters + kMany;
-  ticket = block_counter + 1;
-  rows = reinterpret_cast<double*>(bytes + kCounterBytes);
-  partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);
-  sums = rows;
+Workspace Workspace::for_chunks(const Cuda& cuda, int64_t chunks) {
+  return workspace_of(cuda, kRowBytes + chunks * static_cast<int64_t>(sizeof(Partial)));
 }
 
-int64_t Workspace::bytes_for_chunks(int64_t chunks) {
-  return kCounterBytes + kRowBytes + chunks * static_cast<int64_t>(sizeof(Partial));
+Workspace Workspace::for_sums(const Cuda& cuda, int64_t sums) {
+  return workspace_of(cuda, sums * static_cast<int64_t>(sizeof(double)));
 }
 
-int64_t Workspace::bytes_for_sums(int64_t sums) {
-  return kCounterBytes + sums * static_cast<int64_t>(sizeof(double));
-}
+}  // namespace mmbal::cuda
 
-int64_t workspace_bytes(const Gradient* gradients, int64_t count) {
-  int64_t chunks = 0;
-  for (int64_t g = 0; g < count; ++g) chunks += chunks_of(gradients[g].count);
-  return Workspace::bytes_for_chunks(chunks);
-}
+namespace mmbal {
 
-int device_count() {
+int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   cudaGetLastError();
   return 0;
 }
 
-std::string unavailable() {
+std::string cuda_unavailable() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess) return count > 0 ? "" : "found no CUDA device";
   cudaGetLastError();
-  return "found no CUDA device: " + describe(error);
+  return "found no CUDA device: " + cuda::describe(error);
 }
 
-}  // namespace mmbal::cuda
+}  // namespace mmbal

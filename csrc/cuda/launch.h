@@ -3,7 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include "operations.h"
+#include "device.h"
+#include "math/moments.h"
+#include "operations/gradients.h"
 
 namespace mmbal::cuda {
 
@@ -18,6 +20,7 @@ constexpr size_t kMaxParameterBytes = 32764;
 
 // Number of chunks. Throws if a tensor has more of them than a grid has blocks.
 int32_t chunks_of(int64_t count);
+int64_t chunks_of(const Gradient* gradients, int64_t count);  // all together
 
 template <int kCapacity>
 struct Tensors {
@@ -55,8 +58,8 @@ struct Tensors {
   MMBAL_HD int32_t chunks(int tensor) const { return begin[tensor + 1] - begin[tensor]; }
 };
 
-// What is in Queue::workspace. Counters come first and are zero between calls, whatever operation
-// used the memory before.
+// What is in the workspace of a call. Counters come first and are zero between calls, whatever
+// operation used the memory before.
 struct Workspace {
   uint32_t* tensor_counters;  // [kMany] chunks done
   uint32_t* block_counter;    // blocks done
@@ -65,9 +68,8 @@ struct Workspace {
   Partial* partials;          // of the chunks of a launch
   double* sums;               // of the scores, in place of rows and partials
 
-  explicit Workspace(void* memory);
-  static int64_t bytes_for_chunks(int64_t chunks);
-  static int64_t bytes_for_sums(int64_t sums);
+  static Workspace for_chunks(const Cuda& cuda, int64_t chunks);
+  static Workspace for_sums(const Cuda& cuda, int64_t sums);
 };
 
 // Throws std::runtime_error("<call>: <name of the error> (<its text>)").
@@ -88,12 +90,12 @@ class DeviceGuard {
 
 template <class Arguments>
 void launch(void (*kernel)(const Arguments __grid_constant__), dim3 blocks, int threads,
-            const Queue& queue, const Arguments& arguments) {
+            const Cuda& cuda, const Arguments& arguments) {
   static_assert(sizeof(Arguments) <= kMaxParameterBytes, "more than a kernel can be passed");
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(queue.stream);
+  config.stream = static_cast<cudaStream_t>(cuda.stream);
   check(cudaLaunchKernelEx(&config, kernel, arguments), "cudaLaunchKernelEx");
 }
 
@@ -101,6 +103,6 @@ void launch(void (*kernel)(const Arguments __grid_constant__), dim3 blocks, int 
 // of `out`.
 template <int kCapacity>
 void launch_moments(const Tensors<kCapacity>& tensors, const float* inverse_scale, double* out,
-                    const Workspace& workspace, const Queue& queue);
+                    const Workspace& workspace, const Cuda& cuda);
 
 }  // namespace mmbal::cuda

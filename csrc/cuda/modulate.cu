@@ -19,9 +19,10 @@ struct Counter {
 __global__ void advance_kernel(const Counter __grid_constant__ counter) { ++*counter.value; }
 
 template <int kCapacity>
-void modulate_all(const Gradient* gradient, const Gradient* end, const Modulation& modulation,
-                  const Queue& queue) {
-  const Workspace workspace(queue.workspace);
+void modulate_all(const Modulation& modulation, const Cuda& cuda) {
+  const Gradient* gradient = modulation.gradients;
+  const Gradient* end = gradient + modulation.count;
+  const Workspace workspace = Workspace::for_chunks(cuda, chunks_of(gradient, modulation.count));
   const bool measured = modulation.measures();
   Application<kCapacity> application;
   application.settings =
@@ -33,26 +34,30 @@ void modulate_all(const Gradient* gradient, const Gradient* end, const Modulatio
     application.settings.advance = gradient == end ? modulation.advance : nullptr;
     if (measured) {
       launch_moments(application.tensors, modulation.inverse_scale, workspace.rows, workspace,
-                     queue);
+                     cuda);
     }
-    launch(apply, dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, queue,
+    launch(apply, dim3(static_cast<unsigned>(application.tensors.chunks())), kThreads, cuda,
            application);
   }
 }
 
-}  // namespace
-
-void modulate(const Gradient* gradients, int64_t count, const Modulation& modulation,
-              const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  if (count > 0) {
-    const bool one = modulation.single_launch && modulation.measures();
-    (one             ? modulate_in_one_launch
-     : count <= kFew ? modulate_all<kFew>
-                     : modulate_all<kMany>)(gradients, gradients + count, modulation, queue);
-  } else if (modulation.advance) {
-    launch(advance_kernel, dim3(1), 1, queue, Counter{modulation.advance});
-  }
+void modulate_none(const Modulation& modulation, const Cuda& cuda) {
+  if (modulation.advance) launch(advance_kernel, dim3(1), 1, cuda, Counter{modulation.advance});
 }
 
+}  // namespace
 }  // namespace mmbal::cuda
+
+namespace mmbal {
+
+template <>
+void modulate(const Modulation& args, const Cuda& cuda) {
+  const cuda::DeviceGuard guard(cuda.index);
+  const bool one = args.single_launch && args.measures();
+  (args.count == 0            ? cuda::modulate_none
+   : one                      ? cuda::modulate_in_one_launch
+   : args.count <= cuda::kFew ? cuda::modulate_all<cuda::kFew>
+                              : cuda::modulate_all<cuda::kMany>)(args, cuda);
+}
+
+}  // namespace mmbal

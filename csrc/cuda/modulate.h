@@ -6,10 +6,9 @@
 
 namespace mmbal::cuda {
 
-// Gradients [gradient, end) whose moments are to be measured: one launch for that and the update,
-// several where they are more than one can hold.
-void modulate_in_one_launch(const Gradient* gradient, const Gradient* end,
-                            const Modulation& modulation, const Queue& queue);
+// Gradients whose moments are to be measured: one launch for that and the update, several where
+// they are more than one can hold.
+void modulate_in_one_launch(const Modulation& modulation, const Cuda& cuda);
 
 namespace {
 

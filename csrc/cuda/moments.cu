@@ -5,7 +5,7 @@ namespace mmbal::cuda {
 namespace {
 
 template <int kCapacity>
-struct Measurement {
+struct Measuring {
   Tensors<kCapacity> tensors;
   const float* inverse_scale;  // may be null
   double* out;                 // [rows, 3]
@@ -15,7 +15,7 @@ struct Measurement {
 
 template <int kCapacity, bool kUnscales>
 __global__ __launch_bounds__(kThreads, 4) void moments_kernel(
-    const Measurement<kCapacity> __grid_constant__ job) {
+    const Measuring<kCapacity> __grid_constant__ job) {
   const int chunk = static_cast<int>(blockIdx.x);
   measure_chunk<kUnscales>(job.tensors, chunk, tensor_of_chunk(job.tensors, chunk),
                            job.inverse_scale, job.partials, job.counters, job.out, last_to_arrive);
@@ -25,36 +25,42 @@ __global__ __launch_bounds__(kThreads, 4) void moments_kernel(
 
 template <int kCapacity>
 void launch_moments(const Tensors<kCapacity>& tensors, const float* inverse_scale, double* out,
-                    const Workspace& workspace, const Queue& queue) {
-  const Measurement<kCapacity> job{tensors, inverse_scale, out, workspace.partials,
-                                   workspace.tensor_counters};
+                    const Workspace& workspace, const Cuda& cuda) {
+  const Measuring<kCapacity> job{tensors, inverse_scale, out, workspace.partials,
+                                 workspace.tensor_counters};
   launch(inverse_scale ? moments_kernel<kCapacity, true> : moments_kernel<kCapacity, false>,
-         dim3(static_cast<unsigned>(tensors.chunks())), kThreads, queue, job);
+         dim3(static_cast<unsigned>(tensors.chunks())), kThreads, cuda, job);
 }
 
 template void launch_moments(const Tensors<kFew>&, const float*, double*, const Workspace&,
-                             const Queue&);
+                             const Cuda&);
 template void launch_moments(const Tensors<kMany>&, const float*, double*, const Workspace&,
-                             const Queue&);
+                             const Cuda&);
 
 namespace {
 
 template <int kCapacity>
-void measure_all(const Gradient* gradient, const Gradient* end, double* out, const Queue& queue) {
-  const Workspace workspace(queue.workspace);
+void measure_all(const Measurement& args, const Cuda& cuda) {
+  const Workspace workspace = Workspace::for_chunks(cuda, chunks_of(args.gradients, args.count));
+  const Gradient* gradient = args.gradients;
+  const Gradient* end = gradient + args.count;
   Tensors<kCapacity> tensors;
   while (gradient != end) {
     gradient = tensors.fill(gradient, end, false);
-    launch_moments(tensors, nullptr, out, workspace, queue);
+    launch_moments(tensors, nullptr, args.out, workspace, cuda);
   }
 }
 
 }  // namespace
+}  // namespace mmbal::cuda
 
-void moments(const Gradient* gradients, int64_t count, double* out, const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  (count <= kFew ? measure_all<kFew> : measure_all<kMany>)(gradients, gradients + count, out,
-                                                           queue);
+namespace mmbal {
+
+template <>
+void measure(const Measurement& args, const Cuda& cuda) {
+  const cuda::DeviceGuard guard(cuda.index);
+  (args.count <= cuda::kFew ? cuda::measure_all<cuda::kFew> : cuda::measure_all<cuda::kMany>)(args,
+                                                                                              cuda);
 }
 
-}  // namespace mmbal::cuda
+}  // namespace mmbal

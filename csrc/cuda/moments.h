@@ -1,7 +1,7 @@
 // Moments of a chunk from registers, with one read of memory, and of a tensor from its chunks.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/kernels.h"
 #include "math/moments.h"
 
 namespace mmbal::cuda {

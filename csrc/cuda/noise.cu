@@ -1,5 +1,5 @@
 // The noise alone, and Philox itself for the published known answers.
-#include <stdexcept>
+#include <algorithm>
 
 #include "cuda/noise.h"
 
@@ -65,28 +65,39 @@ __global__ void philox_kernel(const PhiloxInput __grid_constant__ input) {
   input.words[3] = words.w3;
 }
 
-}  // namespace
-
-void noise(const Gradient& tensor, const NoiseSource& source, const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  launch(noise_kernel, dim3(static_cast<unsigned>(chunks_of(tensor.count))), kThreads, queue,
-         Target{tensor.data, tensor.count, tensor.offset, tensor.dtype, tensor.id, source});
+void run_philox(const PhiloxBlock& block, uint32_t* words) {
+  PhiloxInput input{{}, {block.key[0], block.key[1]}, block.rounds, words};
+  std::copy_n(block.counter, 4, input.counter);
+  launch(philox_kernel, dim3(1), 1, Cuda{}, input);
+  check(cudaMemcpy(block.words, words, 4 * sizeof(uint32_t), cudaMemcpyDeviceToHost), "cudaMemcpy");
 }
 
-void philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t words[4]) {
-  PhiloxInput input{
-      {counter[0], counter[1], counter[2], counter[3]}, {key[0], key[1]}, rounds, nullptr};
-  check(cudaMalloc(&input.words, 4 * sizeof(uint32_t)), "cudaMalloc");
-  cudaError_t error = cudaErrorUnknown;
+}  // namespace
+}  // namespace mmbal::cuda
+
+namespace mmbal {
+
+template <>
+void fill_with_noise(const Noise& args, const Cuda& cuda) {
+  const cuda::DeviceGuard guard(cuda.index);
+  const Gradient& tensor = args.target;
+  cuda::launch(
+      cuda::noise_kernel, dim3(static_cast<unsigned>(cuda::chunks_of(tensor.count))),
+      cuda::kThreads, cuda,
+      cuda::Target{tensor.data, tensor.count, tensor.offset, tensor.dtype, tensor.id, args.source});
+}
+
+template <>
+void philox(const PhiloxBlock& block, const Cuda&) {
+  uint32_t* words = nullptr;
+  cuda::check(cudaMalloc(&words, 4 * sizeof(uint32_t)), "cudaMalloc");
   try {
-    launch(philox_kernel, dim3(1), 1, Queue{0, nullptr, nullptr}, input);
-    error = cudaMemcpy(words, input.words, 4 * sizeof(uint32_t), cudaMemcpyDeviceToHost);
+    cuda::run_philox(block, words);
   } catch (...) {
-    cudaFree(input.words);
+    cudaFree(words);
     throw;
   }
-  cudaFree(input.words);
-  check(error, "cudaMemcpy");
+  cudaFree(words);
 }
 
-}  // namespace mmbal::cuda
+}  // namespace mmbal

@@ -1,7 +1,7 @@
 // The noise of a thread's elements.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/kernels.h"
 #include "math/normal.h"
 
 namespace mmbal::cuda {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/softmax.h"
-#include "math/modulation.h"
+#include "operations/scores.h"
 
 namespace mmbal::cuda {
 namespace {
@@ -113,20 +113,12 @@ int64_t blocks_of(int64_t batch, int64_t rows) {
   return std::clamp<int64_t>((batch + rows - 1) / rows, 1, kMaxBlocks);
 }
 
-}  // namespace
-
-int64_t scores_workspace_bytes(int64_t modalities, int64_t batch) {
-  return Workspace::bytes_for_sums(modalities * blocks_of(batch, 1));
-}
-
-void scores(const Scores& scores, const Queue& queue) {
+Scoring scoring_of(const Scores& scores, const Workspace& workspace) {
   if (scores.modalities > kMaxModalities) {
     throw std::runtime_error("contribution_scores: CUDA kernels take at most " +
                              std::to_string(kMaxModalities) + " modalities (got " +
                              std::to_string(scores.modalities) + ")");
   }
-  const DeviceGuard guard(queue.device);
-  const Workspace workspace(queue.workspace);
   Scoring scoring;
   for (int64_t m = 0; m < scores.modalities; ++m) {
     scoring.logits[m] = scores.logits[m];
@@ -142,16 +134,30 @@ void scores(const Scores& scores, const Queue& queue) {
   scoring.status = scores.status;
   scoring.sums = workspace.sums;
   scoring.block_counter = workspace.block_counter;
-  const bool warps = scores.classes <= kWarpClasses;
-  const int64_t blocks = blocks_of(scores.batch, warps ? kWarps : 1);
-  launch(warps ? scores_kernel<32> : scores_kernel<kThreads>,
-         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(scores.modalities)), kThreads,
-         queue, scoring);
+  return scoring;
 }
 
-void derive(const Derivation& derivation, const Queue& queue) {
-  const DeviceGuard guard(queue.device);
-  launch(derive_kernel, dim3(1), kThreads, queue, derivation);
-}
-
+}  // namespace
 }  // namespace mmbal::cuda
+
+namespace mmbal {
+
+template <>
+void score(const Scores& args, const Cuda& cuda) {
+  using namespace cuda;
+  const DeviceGuard guard(cuda.index);
+  const Workspace workspace = Workspace::for_sums(cuda, args.modalities * blocks_of(args.batch, 1));
+  const bool warps = args.classes <= kWarpClasses;
+  const int64_t blocks = blocks_of(args.batch, warps ? kWarps : 1);
+  launch(warps ? scores_kernel<32> : scores_kernel<kThreads>,
+         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.modalities)), kThreads,
+         cuda, scoring_of(args, workspace));
+}
+
+template <>
+void derive(const Derivation& args, const Cuda& cuda) {
+  const cuda::DeviceGuard guard(cuda.index);
+  cuda::launch(cuda::derive_kernel, dim3(1), cuda::kThreads, cuda, args);
+}
+
+}  // namespace mmbal

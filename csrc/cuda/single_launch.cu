@@ -113,12 +113,13 @@ __global__ __launch_bounds__(kThreads, 4) void single_launch_kernel(
 }
 
 template <int kCapacity>
-void pass_over(const Gradient* gradient, const Gradient* end, const Modulation& modulation,
-               const Queue& queue) {
+void pass_over(const Modulation& modulation, const Cuda& cuda) {
+  const Gradient* gradient = modulation.gradients;
+  const Gradient* end = gradient + modulation.count;
   int cache_bytes = 0;
-  check(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, queue.device),
+  check(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, cuda.index),
         "cudaDeviceGetAttribute");
-  const Workspace workspace(queue.workspace);
+  const Workspace workspace = Workspace::for_chunks(cuda, chunks_of(gradient, modulation.count));
   Pass<kCapacity> pass;
   pass.application.settings = settings_of(modulation, workspace.rows, workspace);
   pass.rows = workspace.rows;
@@ -132,15 +133,14 @@ void pass_over(const Gradient* gradient, const Gradient* end, const Modulation& 
     pass.application.settings.advance = gradient == end ? modulation.advance : nullptr;
     // In two dimensions there is room for twice the chunks.
     const auto chunks = static_cast<unsigned>(pass.application.tensors.chunks());
-    launch(kernel, dim3(chunks, 2), kThreads, queue, pass);
+    launch(kernel, dim3(chunks, 2), kThreads, cuda, pass);
   }
 }
 
 }  // namespace
 
-void modulate_in_one_launch(const Gradient* gradient, const Gradient* end,
-                            const Modulation& modulation, const Queue& queue) {
-  (end - gradient <= kFew ? pass_over<kFew> : pass_over<kMany>)(gradient, end, modulation, queue);
+void modulate_in_one_launch(const Modulation& modulation, const Cuda& cuda) {
+  (modulation.count <= kFew ? pass_over<kFew> : pass_over<kMany>)(modulation, cuda);
 }
 
 }  // namespace mmbal::cuda

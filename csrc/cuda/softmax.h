@@ -1,7 +1,7 @@
 // The softmax of a row of logits, read once by a warp or by a block.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/kernels.h"
 #include "math/softmax.h"
 
 namespace mmbal::cuda {

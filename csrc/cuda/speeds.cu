@@ -1,8 +1,9 @@
 // The last few additions of the conditional learning speed, after its moments: one block.
 #include <stdexcept>
 
-#include "cuda/device.h"
+#include "cuda/kernels.h"
 #include "math/speed.h"
+#include "operations/speeds.h"
 
 namespace mmbal::cuda {
 namespace {
@@ -29,15 +30,19 @@ __global__ __launch_bounds__(kThreads) void speeds_kernel(const Speeds __grid_co
 }
 
 }  // namespace
+}  // namespace mmbal::cuda
 
-void accumulate_speeds(const Speeds& speeds, const Queue& queue) {
-  if (speeds.groups > kMaxGroups) {
+namespace mmbal {
+
+template <>
+void accumulate_speeds(const Speeds& args, const Cuda& cuda) {
+  if (args.groups > cuda::kMaxGroups) {
     throw std::runtime_error("learning speed: CUDA kernels take at most " +
-                             std::to_string(kMaxGroups) + " groups (got " +
-                             std::to_string(speeds.groups) + ")");
+                             std::to_string(cuda::kMaxGroups) + " groups (got " +
+                             std::to_string(args.groups) + ")");
   }
-  const DeviceGuard guard(queue.device);
-  launch(speeds_kernel, dim3(1), kThreads, queue, speeds);
+  const cuda::DeviceGuard guard(cuda.index);
+  cuda::launch(cuda::speeds_kernel, dim3(1), cuda::kThreads, cuda, args);
 }
 
-}  // namespace mmbal::cuda
+}  // namespace mmbal

@@ -1,7 +1,7 @@
 // float16 and bfloat16 as stored bits, one element at a time. csrc/cpu/simd.h has the vector forms.
 #pragma once
 
-#include "math/platform.h"
+#include "math/dtype.h"
 
 #if defined(__CUDA_ARCH__)
 #include <cuda_fp16.h>
@@ -9,13 +9,6 @@
 
 namespace mmbal {
 namespace {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 MMBAL_HD float to_float(BFloat16 x) {
   return Scalar::from_bits(static_cast<uint32_t>(x.bits) << 16);
@@ -61,14 +54,6 @@ MMBAL_HD Half to_half(float x) {
 
 // Largest finite float16; results saturate there when the gradient itself was finite.
 constexpr float kHalfMax = 65504.0f;
-
-// What results must stay below: the largest value of a type. Half saturates instead.
-template <class T>
-constexpr double kLargest = 1.7976931348623157e308;
-template <>
-constexpr double kLargest<float> = 3.4028234663852886e38;
-template <>
-constexpr double kLargest<BFloat16> = 3.3895313892515355e38;
 
 // That for two packed float16: `after` with infinities made kHalfMax where `before` was finite.
 MMBAL_HD uint32_t saturate_halves(uint32_t before, uint32_t after) {

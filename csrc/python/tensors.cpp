@@ -101,7 +101,7 @@ std::string device_name(const DLDevice& device) {
 
 std::string dtype_name(py::handle tensor) { return py::str(tensor.attr("dtype")); }
 
-bool gradient_dtype(const DLDataType& type, DType* out) {
+bool has_float_type(const DLDataType& type, DType* out) {
   if (type.lanes != 1) return false;
   if (type.code == kDLBfloat && type.bits == 16) return *out = DType::kBFloat16, true;
   if (type.code != kDLFloat) return false;
@@ -109,6 +109,11 @@ bool gradient_dtype(const DLDataType& type, DType* out) {
   if (type.bits == 64) return *out = DType::kFloat64, true;
   if (type.bits == 16) return *out = DType::kFloat16, true;
   return false;
+}
+
+void throw_not_float(py::handle object, const std::string& name) {
+  throw py::type_error(name + " must be float32, float64, float16 or bfloat16 (got " +
+                       dtype_name(object) + ")");
 }
 
 }  // namespace mmbal

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "operations.h"
+#include "math/dtype.h"
 #include "python/dlpack.h"
 
 namespace mmbal {
@@ -49,13 +49,18 @@ void* current_stream(const DLDevice& device);
 std::string device_name(const DLDevice& device);
 std::string dtype_name(py::handle tensor);
 
-// Sets *out and returns true for the four types that gradients may have.
-bool gradient_dtype(const DLDataType& type, DType* out);
+// Which of the four types that gradients and logits may have. Throws TypeError for others.
+template <class Name>
+DType float_type(const View& tensor, py::handle object, Name&& name);
 
 // Details of view().
 bool is_plain_tensor(py::handle object);
 bool export_view(py::handle object, View* out);
 [[noreturn]] void throw_not_viewable(py::handle object, const std::string& name);
+
+// Details of float_type().
+bool has_float_type(const DLDataType& type, DType* out);
+[[noreturn]] void throw_not_float(py::handle object, const std::string& name);
 
 template <class Name>
 View view(py::handle object, Name&& name) {
@@ -63,6 +68,13 @@ View view(py::handle object, Name&& name) {
   if (!is_plain_tensor(object) || !export_view(object, &result)) {
     throw_not_viewable(object, name());
   }
+  return result;
+}
+
+template <class Name>
+DType float_type(const View& tensor, py::handle object, Name&& name) {
+  DType result;
+  if (!has_float_type(tensor.tensor.dtype, &result)) throw_not_float(object, name());
   return result;
 }
 

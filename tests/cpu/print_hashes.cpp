@@ -3,10 +3,12 @@
 #include <cstdio>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
+#include "cpu/kernels/gradients.h"
 
 namespace mmbal {
-extern const KernelTable MMBAL_TABLE;
+template <>
+const GradientKernels& kernels_for<GradientKernels, Isa::MMBAL_ISA>();
 }
 
 namespace {
@@ -23,7 +25,7 @@ uint64_t hash(const void* data, size_t bytes) {
 
 int main() {
   using namespace mmbal;
-  const KernelTable& table = MMBAL_TABLE;
+  const auto& table = kernels_for<GradientKernels, Isa::MMBAL_ISA>();
   const NoiseKey key{0x123456789abcdef0u, 7, 0x80000001u};
   for (int dtype = 0; dtype < kDTypes; ++dtype) {
     for (int64_t count : {1, 5, 63, 257, 4096}) {
