@@ -139,7 +139,7 @@ def masked_logits(
         raise ValueError("masked_logits: features must name at least one modality (got none)")
     zeros = {name: torch.zeros_like(each) for name, each in features.items()}
     logits: dict[str, Tensor] = {}
-    with _evaluating(forward):
+    with evaluating(forward):
         for name, each in features.items():
             out = forward({**zeros, name: each})
             if not isinstance(out, Tensor):
@@ -164,7 +164,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _evaluating(forward: object) -> Iterator[None]:
+def evaluating(forward: object) -> Iterator[None]:
     owner = getattr(forward, "__self__", forward)
     modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
     modes = [module.training for module in modules]
