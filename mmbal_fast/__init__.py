@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mmbal_fast import functional, nn, reference
+from mmbal_fast import functional, fusion, nn, reference
 from mmbal_fast._version import __version__
 from mmbal_fast.methods import *  # noqa: F403
 from mmbal_fast.methods import __all__ as _methods
 
-__all__ = ["__version__", "functional", "nn", "reference", *_methods]
+__all__ = ["__version__", "functional", "fusion", "nn", "reference", *_methods]
