@@ -12,7 +12,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck build native sanitize docs bench gpu-check wheel clean
+.PHONY: help demo test lint format typecheck build native sanitize docs bench matrix gpu-check wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, it
 
 bench: $(VENV)/.has-test native ## time the step against the published loop, 5 minutes
 	$(BIN)/mmbal-fast bench $(ARGS)
+
+matrix: ## the tests beside each version of torch, Python and frameworks that is claimed, hours
+	$(PYTHON) benchmarks/matrix.py $(ARGS)
 
 # Runs with the python3 that holds torch, on machines that reach no network.
 gpu-check: ## on a machine with a GPU: build, test, compute-sanitizer, timings

@@ -28,7 +28,7 @@ nitpicky = True  # what looks like a name is one that exists
 nitpick_ignore_regex = [
     ("py:.*", r"(lightning|transformers)\..*"),
     ("py:.*", r"(.*\.)?(Stateful|ScalarWriter|MappingLogger|BalancerCallback|Parameters|Select)"),
-    ("py:.*", r"The table|history|.*value.*|A small run|each operation .*"),
+    ("py:.*", r"The table|history|.*value.*"),
 ]
 
 html_theme = "furo"
@@ -40,7 +40,7 @@ html_copy_source = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 napoleon_use_ivar = True
@@ -97,6 +97,14 @@ def start_with_readme(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] = readme + "\n" + content[0]
 
 
+def no_type_before_a_colon(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keeps napoleon from taking the sentence before a colon for the type of an attribute."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
+
+
 def skip_field_numbers(
     app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object
 ) -> bool | None:
@@ -106,6 +114,7 @@ def skip_field_numbers(
 
 def setup(app: Sphinx) -> None:
     """Registers the above."""
+    app.connect("autodoc-process-docstring", no_type_before_a_colon, priority=400)  # napoleon: 500
     app.connect("autodoc-skip-member", skip_field_numbers)
     app.connect("missing-reference", resolve_short_name, priority=400)  # intersphinx has 500
     app.connect("source-read", start_with_readme)

@@ -182,8 +182,10 @@ OPERATIONS: dict[str, Operation] = {
     "squared_norms": _norms,
     "blended_cross_entropy": _cross_entropy,
 }
-"""A small run of each operation that has a kernel: from a module that holds it and a device to its
-results."""
+"""A small run of each operation that has a kernel.
+
+From a module that holds the operation and a device to what it returns.
+"""
 
 
 def check(operation: str, device: torch.device) -> Check:
