@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from mmbal_fast.functional import _ops  # noqa: F401  registers torch.ops.mmbal
-from mmbal_fast.functional._blending import (
-    blended_cross_entropy,
-    blending_weights,
+from mmbal_fast.functional._blended_cross_entropy import blended_cross_entropy
+from mmbal_fast.functional._blending_weights import blending_weights
+from mmbal_fast.functional._contribution_scores import contribution_scores
+from mmbal_fast.functional._discrepancy_ratios import discrepancy_ratios
+from mmbal_fast.functional._gradient_moments import gradient_moments
+from mmbal_fast.functional._modulate import modulate_
+from mmbal_fast.functional._modulation_coefficients import modulation_coefficients
+from mmbal_fast.functional._noise_like import noise_like
+from mmbal_fast.functional._overfitting_to_generalization_ratio import (
     overfitting_to_generalization_ratio,
 )
-from mmbal_fast.functional._modulate import modulate_
-from mmbal_fast.functional._moments import gradient_moments
-from mmbal_fast.functional._noise import noise_like
-from mmbal_fast.functional._norms import squared_norms
-from mmbal_fast.functional._scores import (
-    contribution_scores,
-    discrepancy_ratios,
-    modulation_coefficients,
-)
+from mmbal_fast.functional._squared_norms import squared_norms
 
 __all__ = [
     "blended_cross_entropy",

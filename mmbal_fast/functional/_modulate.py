@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.functional._gradient_moments import moments_of
+from mmbal_fast.functional._operation import Operation, in_graph
 
 EPS = 1e-8
 """Added to the standard deviation, as in the released code of OGM-GE."""
@@ -20,48 +22,12 @@ LABEL_OUT_OF_RANGE = 2
 """Bits of the status word, as in csrc/math/modulation.h."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """The arguments of `modulate_` beside the gradients, checked."""
-
-    coefficients: Tensor
-    modality: Sequence[int]
-    noise: float = 1.0
-    seed: int = 0
-    step: int | Tensor = 0
-    tensor_ids: Sequence[int] | None = None
-    offsets: Sequence[int] | None = None
-    moments: Tensor | None = None
-    eps: float = EPS
-    status: Tensor | None = None
-    advance: bool = False
-    """Add 1 to the tensor ``step`` at the end."""
-    names: Sequence[str] | None = None
-    """What errors call the gradients."""
-    inverse_scale: Tensor | None = None
-    """float32 ``[]``: multiply the gradients by it first, rounded to their type, see `unscales`."""
-    found_inf: Tensor | None = None
-    """float32 ``[]``: set to 1 if a gradient is not finite before ``inverse_scale``."""
-
-    def only(self, kept: Sequence[int], total: int) -> Update:
-        """The arguments for the gradients at the positions ``kept`` of ``total``."""
-        ids = range(total) if self.tensor_ids is None else self.tensor_ids
-        return replace(
-            self,
-            modality=[self.modality[index] for index in kept],
-            tensor_ids=[ids[index] for index in kept],
-            offsets=None if self.offsets is None else [self.offsets[index] for index in kept],
-            moments=None if self.moments is None else self.moments[list(kept)],
-            names=None if self.names is None else [self.names[index] for index in kept],
-        )
-
-
 def modulate_(
     grads: Sequence[Tensor | None],
     coefficients: Tensor,
     modality: Sequence[int],
     *,
-    noise: float = 1.0,
+    noise: float | Tensor = 1.0,
     seed: int = 0,
     step: int | Tensor = 0,
     tensor_ids: Sequence[int] | None = None,
@@ -93,7 +59,8 @@ def modulate_(
             None; written in place. Types and devices may differ.
         coefficients: float32 ``[M]``; NaN counts as 1.
         modality: T indexes into ``coefficients``.
-        noise: factor of the noise, default 1 as in OGM-GE; 0 gives exactly ``k_m g``.
+        noise: factor of the noise, default 1 as in OGM-GE; 0 gives exactly ``k_m g``. A number, or
+            one that changes without compiling a graph again, a float64 tensor ``[]`` on the CPU.
         seed: 64-bit seed of the noise.
         step: step number, an int or an int64 tensor of one element on the device of the gradients;
             its low 32 bits count.
@@ -123,16 +90,23 @@ def modulate_(
         (tensor([0.2500, 0.2500]), tensor([1., 1.]))
     """
     op = "modulate_"
-    noise = _checks.number(op, "noise", noise)
+    noise = _checks.setting(op, "noise", noise)
     eps = _checks.number(op, "eps", eps)
     seed = _checks.word64(op, "seed", seed)
     if error_if_nonfinite:
         moments = finite_moments(op, grads, moments)
-    apply_(
+    update_(
         grads,
-        Update(
-            coefficients, modality, noise, seed, step, tensor_ids, offsets, moments, eps, status
-        ),
+        coefficients,
+        modality,
+        noise=noise,
+        seed=seed,
+        step=step,
+        tensor_ids=tensor_ids,
+        offsets=offsets,
+        moments=moments,
+        eps=eps,
+        status=status,
     )
 
 
@@ -143,7 +117,7 @@ def finite_moments(
     names: Sequence[str] | None = None,
 ) -> Tensor:
     """Moments of the gradients, read by the host to raise if they are not finite."""
-    moments = gradient_moments_eager(grads, names) if moments is None else moments
+    moments = moments_of(grads, names=names) if moments is None else moments
     broken = (~moments.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         which = ", ".join(_checks.label(names, index) for index in broken)
@@ -151,88 +125,144 @@ def finite_moments(
     return moments
 
 
-def apply_(grads: Sequence[Tensor | None], update: Update) -> None:
-    """`modulate_` on checked numbers, eagerly or as one operation of a graph being compiled."""
-    if torch.compiler.is_compiling():
-        _traced_(grads, update)
-    else:
-        eager_(grads, update)
-
-
 def unscales(device: torch.device) -> bool:
-    """Whether `apply_` takes ``inverse_scale`` and ``found_inf``: not in a compiled graph."""
-    return _backend.runs(device) is not None and not torch.compiler.is_compiling()
+    """Whether `update_` takes ``inverse_scale`` and ``found_inf``: by kernels, in eager calls."""
+    return _backend.runs(device) is not None and not in_graph()
 
 
-def _traced_(grads: Sequence[Tensor | None], update: Update) -> None:
-    kept = [index for index, grad in enumerate(grads) if grad is not None]
-    update = update.only(kept, len(grads))
-    counter = update.step if isinstance(update.step, Tensor) else None
-    torch.ops.mmbal.modulate_(
-        [grads[index] for index in kept],
-        update.coefficients,
-        list(update.modality),
-        noise=update.noise,
-        seed=update.seed - 2**64 if update.seed >= 2**63 else update.seed,
-        step=0 if isinstance(update.step, Tensor) else update.step,
-        counter=counter,
-        tensor_ids=update.tensor_ids,
-        offsets=update.offsets,
-        moments=update.moments,
-        eps=update.eps,
-        status=update.status,
-        advance=update.advance,
+def update_(
+    grads: Sequence[Tensor | None],
+    coefficients: Tensor,
+    modality: Sequence[int],
+    *,
+    noise: float | Tensor = 1.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    moments: Tensor | None = None,
+    eps: float = EPS,
+    status: Tensor | None = None,
+    advance: bool = False,
+    inverse_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """`modulate_` on checked numbers, with what the step of a training run needs beside it.
+
+    With ``advance`` the tensor ``step`` grows by 1 at the end. Gradients are multiplied by
+    ``inverse_scale`` (float32 ``[]``) first, rounded to their type, and ``found_inf`` (float32
+    ``[]``) is set to 1 if one is not finite before that; see `unscales`. Errors call the gradients
+    by ``names``.
+    """
+    number, counter = (0, step) if isinstance(step, Tensor) else (step, None)
+    _operation(
+        grads,
+        coefficients,
+        modality,
+        noise,
+        seed,
+        number,
+        counter,
+        tensor_ids,
+        offsets,
+        moments,
+        eps,
+        status,
+        advance,
+        inverse_scale,
+        found_inf,
+        names=names,
     )
 
 
-@torch.no_grad()
-def eager_(grads: Sequence[Tensor | None], update: Update) -> None:
-    """Runs the native kernels or, where there are none, the reference."""
-    native = _backend.runs(update.coefficients.device)
-    if native is None:
-        _reference_(grads, update)
-        return
+class _Arguments(NamedTuple):
+    """What the schema has beside the gradients, in its order, and ``names``."""
+
+    coefficients: Tensor
+    modality: Sequence[int]
+    noise: float | Tensor
+    seed: int
+    step: int
+    counter: Tensor | None
+    tensor_ids: Sequence[int] | None
+    offsets: Sequence[int] | None
+    moments: Tensor | None
+    eps: float
+    status: Tensor | None
+    advance: bool
+    inverse_scale: Tensor | None
+    found_inf: Tensor | None
+    names: Sequence[str] | None
+
+    @property
+    def now(self) -> int | Tensor:
+        """The step number."""
+        return self.step if self.counter is None else self.counter
+
+    def only(self, kept: Sequence[int], total: int) -> _Arguments:
+        """Those of the gradients at the positions ``kept`` of ``total``."""
+        ids = range(total) if self.tensor_ids is None else self.tensor_ids
+        return self._replace(
+            modality=[self.modality[index] for index in kept],
+            tensor_ids=[ids[index] for index in kept],
+            offsets=None if self.offsets is None else [self.offsets[index] for index in kept],
+            moments=None if self.moments is None else self.moments[list(kept)],
+            names=None if self.names is None else [self.names[index] for index in kept],
+        )
+
+
+def _native(
+    native: ModuleType,
+    grads: Sequence[Tensor | None],
+    *values: Any,
+    names: Sequence[str] | None = None,
+) -> None:
+    _run(native, grads, _Arguments._make((*values, names)))
+
+
+def _run(native: ModuleType, grads: Sequence[Tensor | None], given: _Arguments) -> None:
     unfit = native.modulate_(
         grads,
-        update.coefficients,
-        update.modality,
-        update.noise,
-        update.seed,
-        update.step,
-        update.tensor_ids,
-        update.offsets,
-        update.moments,
-        update.eps,
-        update.status,
-        update.advance,
-        update.names,
+        given.coefficients,
+        given.modality,
+        _checks.number("modulate_", "noise", given.noise),
+        given.seed % 2**64,
+        given.now,
+        given.tensor_ids,
+        given.offsets,
+        given.moments,
+        given.eps,
+        given.status,
+        given.advance,
+        given.names,
         torch.get_num_threads(),
         _backend.workspace,
-        update.inverse_scale,
-        update.found_inf,
+        given.inverse_scale,
+        given.found_inf,
         _backend.single_launch,
     )
     if unfit is True:
-        _per_device_(grads, update)
+        _per_device_(native, grads, given)
     elif unfit is not None:
         # Tensors with gaps between their elements are updated in a packed copy.
         packed = list(grads)
         copies: dict[object, Tensor] = {}  # one for a tensor that is listed twice
         for index in unfit:
-            view = grads[index]
+            view: Any = grads[index]
             which = (view.data_ptr(), view.shape, view.stride())
             packed[index] = copies.setdefault(which, view.contiguous())
-        eager_(packed, update)
+        _run(native, packed, given)
         for index in unfit:
             grads[index].copy_(packed[index])
 
 
-def _per_device_(grads: Sequence[Tensor | None], update: Update) -> None:
+def _per_device_(native: ModuleType, grads: Sequence[Tensor | None], given: _Arguments) -> None:
     groups: dict[torch.device, list[int]] = {}
     for index, grad in enumerate(grads):
         if grad is not None and grad.numel() > 0:
             groups.setdefault(grad.device, []).append(index)
-    home = update.coefficients.device
+    home = given.coefficients.device
     if any(device.type != home.type for device in groups):
         raise ValueError(
             "modulate_: gradients must be on the kind of device that the coefficients are on "
@@ -243,86 +273,99 @@ def _per_device_(grads: Sequence[Tensor | None], update: Update) -> None:
         return None if value is None else value.to(device, non_blocking=True)
 
     # All groups are checked before the first is written.
-    _checks.gradients("modulate_", grads, update.names)
+    _checks.gradients("modulate_", grads, given.names)
     for device, kept in groups.items():
-        local = update.only(kept, len(grads))
-        status = at(update.status, device)
-        step = update.step.to(device) if isinstance(update.step, Tensor) else update.step
-        eager_(
+        local = given.only(kept, len(grads))
+        status = at(given.status, device)
+        _run(
+            native,
             [grads[index] for index in kept],
-            replace(
-                local,
-                coefficients=update.coefficients.to(device, non_blocking=True),
-                step=step,
+            local._replace(
+                coefficients=given.coefficients.to(device, non_blocking=True),
+                counter=at(given.counter, device),
                 moments=at(local.moments, device),
                 status=status,
                 advance=False,
             ),
         )
-        if update.status is not None and status is not update.status:
-            update.status.bitwise_or_(status.to(home))  # type: ignore[union-attr]
-    if update.advance:
-        update.step.add_(1)  # type: ignore[union-attr]
+        if given.status is not None and status is not given.status:
+            given.status.bitwise_or_(status.to(home))  # type: ignore[union-attr]
+    if given.advance:
+        given.counter.add_(1)  # type: ignore[union-attr]
 
 
-def _reference_(grads: Sequence[Tensor | None], update: Update) -> None:
+def _reference(
+    grads: Sequence[Tensor | None], *values: Any, names: Sequence[str] | None = None
+) -> None:
     op = "modulate_"
+    given = _Arguments._make((*values, names))
     total = len(grads)
-    for name, values in (
-        ("modality", update.modality),
-        ("tensor_ids", update.tensor_ids),
-        ("offsets", update.offsets),
-        ("moments", update.moments),
+    for name, entries in (
+        ("modality", given.modality),
+        ("tensor_ids", given.tensor_ids),
+        ("offsets", given.offsets),
+        ("moments", given.moments),
     ):
-        if values is not None and len(values) != total:
+        if entries is not None and len(entries) != total:
             raise ValueError(
-                f"{op}: {name} must hold one entry per gradient (got {len(values)} for {total})"
+                f"{op}: {name} must hold one entry per gradient (got {len(entries)} for {total})"
             )
-    _checks.gradients(op, grads, update.names)
+    _checks.gradients(op, grads, given.names)
     kept: list[int] = []
     owner: dict[int, int] = {}
     for index, grad in enumerate(grads):
         if grad is None or grad.numel() == 0:
             continue
-        modality = update.modality[index]
-        if not 0 <= modality < len(update.coefficients):
+        modality = given.modality[index]
+        if not 0 <= modality < len(given.coefficients):
             raise ValueError(
-                f"{op}: {_checks.label(update.names, index)} must belong to a modality from 0 to "
-                f"{len(update.coefficients) - 1} (got {modality})"
+                f"{op}: {_checks.label(given.names, index)} must belong to a modality from 0 to "
+                f"{len(given.coefficients) - 1} (got {modality})"
             )
-        if grad.device.type != update.coefficients.device.type:
+        if grad.device.type != given.coefficients.device.type:
             raise ValueError(
                 f"{op}: coefficients must be on the device of the gradients "
-                f"(got {update.coefficients.device} and {grad.device})"
+                f"(got {given.coefficients.device} and {grad.device})"
             )
         first = owner.setdefault(grad.data_ptr(), index)
         if first == index:
             kept.append(index)
-        elif update.modality[first] != modality or grads[first].numel() != grad.numel():  # type: ignore[union-attr]
+        elif given.modality[first] != modality or grads[first].numel() != grad.numel():  # type: ignore[union-attr]
             raise ValueError(
-                f"{op}: {_checks.label(update.names, index)} must belong to one modality and not "
-                f"share memory with another (got modalities {update.modality[first]} and "
+                f"{op}: {_checks.label(given.names, index)} must belong to one modality and not "
+                f"share memory with another (got modalities {given.modality[first]} and "
                 f"{modality})"
             )
-    local = update.only(kept, total)
+    local = given.only(kept, total)
     mine = [grads[index] for index in kept]
     moments = local.moments
-    if moments is None and (local.noise != 0 or update.status is not None):
+    noise = _checks.number(op, "noise", local.noise)
+    if moments is None and (noise != 0 or given.status is not None):
         moments = reference.gradient_moments(mine)
     reference.modulate_(
         mine,
         local.coefficients,
         local.modality,
-        noise=local.noise,
+        noise=noise,
         seed=local.seed,
-        step=local.step,
+        step=local.now,
         tensor_ids=local.tensor_ids,
         offsets=local.offsets,
         moments=moments,
         eps=local.eps,
     )
-    if update.status is not None and moments is not None:
+    if given.status is not None and moments is not None:
         broken = (~moments.isfinite()).any()
-        update.status.bitwise_or_(broken.to(update.status) * NON_FINITE_GRADIENT)
-    if update.advance:
-        update.step.add_(1)  # type: ignore[union-attr]
+        given.status.bitwise_or_(broken.to(given.status) * NON_FINITE_GRADIENT)
+    if given.advance:
+        given.counter.add_(1)  # type: ignore[union-attr]
+
+
+_operation = Operation(
+    "modulate_(Tensor(a!)[] grads, Tensor coefficients, int[] modality, Tensor noise, int seed, "
+    "int step, Tensor(b!)? counter, int[]? tensor_ids, int[]? offsets, Tensor? moments, float eps, "
+    "Tensor(c!)? status, bool advance, Tensor? inverse_scale, Tensor(d!)? found_inf) -> ()",
+    device=lambda grads, coefficients, *_: coefficients.device,
+    native=_native,
+    reference=_reference,
+)

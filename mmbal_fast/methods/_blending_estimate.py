@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blending import check_floor
+from mmbal_fast.functional._blending_weights import check_floor
 from mmbal_fast.methods._snapshot import Snapshot, Stateful
 from mmbal_fast.methods.gradient_blending import as_losses, checked_heads
 from mmbal_fast.reference._blending import FLOOR, increments

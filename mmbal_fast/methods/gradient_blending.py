@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blending import blend, check_floor, check_label_smoothing
+from mmbal_fast.functional._blended_cross_entropy import blend, check_label_smoothing
+from mmbal_fast.functional._blending_weights import check_floor
 from mmbal_fast.methods._distributed import resolve_group
 from mmbal_fast.reference._blending import FLOOR, increments
 

@@ -16,9 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmbal_fast.functional import _checks, _modulate, _scores
-from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT, Update
-from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.functional import _checks, modulation_coefficients
+from mmbal_fast.functional._derive import derive_
+from mmbal_fast.functional._gradient_moments import moments_of
+from mmbal_fast.functional._modulate import (
+    LABEL_OUT_OF_RANGE,
+    NON_FINITE_GRADIENT,
+    finite_moments,
+    unscales,
+    update_,
+)
+from mmbal_fast.functional._observe import observe_
+from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.methods import _distributed
 from mmbal_fast.methods._grad_scaler import (
     FusedUnscaling,
@@ -217,7 +226,7 @@ class OGMGE:
         ordered = [logits[name] for name in self.modality_names]
         _checks.batch("OGMGE.observe", ordered, target)
         state = self._state_on(target.device)
-        arguments = (
+        observe_(
             state,
             ordered,
             target,
@@ -227,10 +236,6 @@ class OGMGE:
             self._rule_name,
             self._status,
         )
-        if torch.compiler.is_compiling():
-            torch.ops.mmbal.observe_(*arguments)
-        else:
-            _scores.observe_eager_(*arguments)
         self._pending = True
 
     def step(
@@ -319,35 +324,33 @@ class OGMGE:
             grads = self._gradients()
         shards, fused, moments = self._shards, None, None
         if scaler is not None:
-            if shards is None and _modulate.unscales(self._state.device):
+            if shards is None and unscales(self._state.device):
                 fused = FusedUnscaling.of(scaler, optimizers, self._parameters, grads)
             if fused is None:
                 unscale_(scaler, optimizers)
         if error_if_nonfinite or (shards is not None and self.noise != 0):
             # Where no gradient says which device it is, the ranks still sum their zeros.
-            moments = gradient_moments_eager(grads, self._names).to(self._state.device)
+            moments = moments_of(grads, names=self._names).to(self._state.device)
             if shards is not None:
                 shards.complete_(moments)
             if error_if_nonfinite:
-                _modulate.finite_moments("OGMGE.step", grads, moments, self._names)
+                finite_moments("OGMGE.step", grads, moments, self._names)
         self._derive(work)
-        _modulate.apply_(
+        update_(
             grads if shards is None else shards.split(grads),
-            Update(
-                coefficients=self._record.coefficients,
-                modality=self._modality,
-                noise=self.noise,
-                seed=self.seed,
-                step=self._counter,
-                tensor_ids=self._tensor_ids,
-                offsets=None if shards is None else shards.offsets,
-                moments=moments if shards is None else shards.per_piece(moments),
-                status=self._status,
-                advance=scaler is None,
-                names=self._piece_names,
-                inverse_scale=None if fused is None else fused.inverse_scale,
-                found_inf=None if fused is None else fused.found_inf,
-            ),
+            coefficients=self._record.coefficients,
+            modality=self._modality,
+            noise=self.noise,
+            seed=self.seed,
+            step=self._counter,
+            tensor_ids=self._tensor_ids,
+            offsets=None if shards is None else shards.offsets,
+            moments=moments if shards is None else shards.per_piece(moments),
+            status=self._status,
+            advance=scaler is None,
+            names=self._piece_names,
+            inverse_scale=None if fused is None else fused.inverse_scale,
+            found_inf=None if fused is None else fused.found_inf,
         )
         if fused is not None:
             fused.finish()
@@ -370,9 +373,8 @@ class OGMGE:
         self._join()
         if self._group is None:
             return None
-        in_graph = torch.compiler.is_compiling()
         work: dist.Work | None = dist.all_reduce(
-            self._state[0], group=self._group, async_op=not in_graph
+            self._state[0], group=self._group, async_op=not in_graph()
         )
         return work
 
@@ -383,14 +385,12 @@ class OGMGE:
             work.wait()  # on CUDA the stream waits, not the host
         if self._group is None:
             pass  # done where they were observed
-        elif torch.compiler.is_compiling():
-            torch.ops.mmbal.derive_(state, True, self.alpha, self._rule_name)
         else:
-            _scores.derive_eager_(state, True, self.alpha, self._rule_name)
+            derive_(state, True, self.alpha, self._rule_name)
         if not self.enabled:
             state[2] = 1.0
         elif callable(self.rule):
-            state[2] = _scores.modulation_coefficients(state[1], 0.0, rule=self.rule)
+            state[2] = modulation_coefficients(state[1], 0.0, rule=self.rule)
 
     def check(self) -> None:
         """Raises for what the kernels found on the device since the last check. Reads the host.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmbal_fast import _backend
-from mmbal_fast.functional import _modulate, gradient_moments, modulate_, noise_like
+from mmbal_fast.functional import gradient_moments, modulate_, noise_like
+from mmbal_fast.functional._modulate import update_
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -273,24 +273,22 @@ def assert_as_if_unscaled_before(
     statuses = torch.zeros(2, 1, dtype=torch.int32, device=native.device)
     counters = torch.full((2, 1), 5, device=native.device)
     found_inf = torch.zeros((), device=native.device)
-    before = _modulate.Update(
-        factors(native.device, 1.0, 0.5),
-        [i % 2 for i in range(len(grads))],
-        noise=noise,
-        step=counters[0],
-        moments=moments,
-        status=statuses[0],
-        advance=True,
-    )
-    within = replace(
-        before,
+    given: dict[str, Any] = {
+        "coefficients": factors(native.device, 1.0, 0.5),
+        "modality": [i % 2 for i in range(len(grads))],
+        "noise": noise,
+        "moments": moments,
+        "advance": True,
+    }
+    update_(separate, step=counters[0], status=statuses[0], **given)
+    update_(
+        grads,
         step=counters[1],
         status=statuses[1],
         inverse_scale=factors(native.device, inverse)[0],
         found_inf=found_inf,
+        **given,
     )
-    _modulate.eager_(separate, before)
-    _modulate.eager_(grads, within)
     for one, other in zip(grads, separate, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     assert found_inf.item() == found
@@ -363,14 +361,14 @@ def test_a_tensor_listed_twice_is_unscaled_once(native: Backend) -> None:
     for grad in (dense, sliced[:, ::3]):
         twin, expected = grad.clone(), 0.25 * grad
         inverse = factors(native.device, 0.25)[0]
-        update = _modulate.Update(
+        update_(
+            [twin, twin],
             factors(native.device, 1.0),
             [0, 0],
             noise=0.0,
             inverse_scale=inverse,
             found_inf=torch.zeros_like(inverse),
         )
-        _modulate.eager_([twin, twin], update)
         assert torch.equal(twin, expected)
 
 
@@ -505,18 +503,18 @@ def test_one_launch_equals_two(
     for in_one_launch in (False, True):
         mine, status = clones(grads), torch.zeros(1, dtype=torch.int32, device=native.device)
         counter, found = torch.tensor([7], device=native.device), factors(native.device, 0.0)[0]
-        update = _modulate.Update(
-            factors(native.device, 0.5, 1.0),
-            [i % 2 for i in range(len(sizes))],
-            step=counter,
-            status=status,
-            advance=True,
-            inverse_scale=factors(native.device, 0.3)[0] if unscales else None,
-            found_inf=found if unscales else None,
-        )
         with _backend.using(native.native, in_one_launch=in_one_launch):
             for _ in range(2):
-                _modulate.eager_(mine, update)
+                update_(
+                    mine,
+                    factors(native.device, 0.5, 1.0),
+                    [i % 2 for i in range(len(sizes))],
+                    step=counter,
+                    status=status,
+                    advance=True,
+                    inverse_scale=factors(native.device, 0.3)[0] if unscales else None,
+                    found_inf=found if unscales else None,
+                )
                 (workspace,) = _backend._workspaces.values()
                 assert not workspace[:COUNTERS].any()
         results.append([*mine, status, counter, found])

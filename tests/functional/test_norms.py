@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmbal_fast import _backend, functional, reference
-from mmbal_fast.functional._norms import accumulate_speeds_
+from mmbal_fast.functional._accumulate_speeds import accumulate_speeds_
 
 if TYPE_CHECKING:
     from tests.conftest import Backend

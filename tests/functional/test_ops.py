@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmbal_fast import functional
+from mmbal_fast.functional._derive import derive_
+from mmbal_fast.functional._observe import observe_
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -30,8 +36,9 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
     grads += [random(0)]
     count = len(grads)
     k = torch.tensor([0.5, 1.0], device=device)
+    setting = torch.tensor(0.5, dtype=torch.float64)
     numbers: dict[str, Any] = {
-        "noise": 1.0,
+        "noise": setting,
         "seed": -3,
         "step": 5,
         "counter": None,
@@ -41,6 +48,8 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
         "eps": 1e-8,
         "status": None,
         "advance": False,
+        "inverse_scale": None,
+        "found_inf": None,
     }
     modality = [i % 2 for i in range(count)]
     every = numbers | {
@@ -53,6 +62,7 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
     }
     state = torch.ones(3, 2, device=device)
     status = torch.zeros(1, dtype=torch.int32, device=device)
+    rows = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64).to(device)
     return {
         "contribution_scores": [
             ((logits, labels, -100), {}),
@@ -61,15 +71,27 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
         ],
         "discrepancy_ratios": [((torch.rand(3, generator=generator).to(device),), {})],
         "modulation_coefficients": [
-            ((3 * torch.rand(3, generator=generator).to(device), 0.5, rule), {})
+            ((3 * torch.rand(3, generator=generator).to(device), setting, rule), {})
             for rule in ("cvpr2022", "cvpr2022_excess", "tpami2024")
         ],
         "observe_": [
-            ((state, logits, labels, -100, accumulate, 0.5, "cvpr2022", each), {})
+            ((state, logits, labels, -100, accumulate, setting, "cvpr2022", each), {})
             for accumulate, each in ((False, None), (True, status))
         ],
-        "derive_": [((state, ratios, 0.5, "tpami2024"), {}) for ratios in (False, True)],
+        "derive_": [((state, ratios, setting, "tpami2024"), {}) for ratios in (False, True)],
         "gradient_moments": [((grads,), {})],
+        "accumulate_speeds_": [
+            (
+                (
+                    rows,
+                    torch.ones_like(rows[0, :, :2].T).contiguous(),
+                    rows[0, 0, :2].clone(),
+                    gate,
+                ),
+                {},
+            )
+            for gate in (None, torch.tensor(True, device=device))
+        ],
         "modulate_": [((grads, k, modality), numbers), ((grads, k, modality), every)],
         "noise_like": [
             ((grads[0], -3, 5, None, 7, 1), {}),
@@ -171,3 +193,135 @@ def test_compiled_noise(backend: Backend) -> None:
     assert torch.equal(
         torch.compile(run, fullgraph=True, backend="aot_eager")(like, step), run(like, step)
     )
+
+
+# --- settings that change
+
+
+def test_settings_that_change_do_not_compile_again(backend: Backend) -> None:
+    """Alpha and noise are tensors to the graph; torch raises at the ninth recompilation."""
+    grads = [torch.randn(50, device=backend.device), torch.randn(7, device=backend.device)]
+    logits = [torch.randn(6, 4, device=backend.device) for _ in range(2)]
+    target = torch.tensor([0, 1, 2, 3, -100, 0], device=backend.device)
+    compilations = 0
+
+    def step(grads: list[Tensor], alpha: Any, noise: Any) -> tuple[Tensor, ...]:
+        state = torch.zeros(3, 2, dtype=torch.float32, device=backend.device)
+        observe_(state, logits, target, -100, False, alpha, "cvpr2022", None)
+        observed = state[2].clone()
+        derive_(state, True, alpha, "tpami2024")
+        k = functional.modulation_coefficients(state[1], alpha)
+        functional.modulate_(grads, k, [0, 1], noise=noise, step=3)
+        return observed, state[2].clone(), k, *grads
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    compiled = torch.compile(step, fullgraph=True, backend=counting, dynamic=False)
+    for epoch in range(12):
+        alpha, noise = 0.1 * epoch, 1.0 / (1 + epoch)
+        held = [torch.tensor(value, dtype=torch.float64) for value in (alpha, noise)]
+        results = compiled([grad.clone() for grad in grads], *held)
+        for one, other in zip(
+            results, step([grad.clone() for grad in grads], alpha, noise), strict=True
+        ):
+            assert torch.equal(one, other)
+    assert compilations == 1
+
+
+@pytest.mark.parametrize("given", [-1.0, float("nan")])
+def test_settings_are_checked_when_a_graph_runs(backend: Backend, given: float) -> None:
+    ratios, grad = torch.ones(2, device=backend.device), torch.ones(3, device=backend.device)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def coefficients(setting: Tensor) -> Tensor:
+        return functional.modulation_coefficients(ratios, setting)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def update(setting: Tensor) -> None:
+        functional.modulate_([grad], ratios, [0], noise=setting)
+
+    for run, name in ((coefficients, "alpha"), (update, "noise")):
+        with pytest.raises(ValueError, match=rf"_.*: {name} must be a number from 0 on \(got "):
+            run(torch.tensor(given, dtype=torch.float64))
+    assert grad.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [torch.tensor(1.0), torch.ones(1).double(), torch.tensor(1.0, device="meta").double()],
+    ids=["float32", "vector", "meta"],
+)
+def test_refuses_tensors_that_are_no_setting(given: Tensor) -> None:
+    message = (
+        r"^modulation_coefficients: alpha must be a number or a float64 tensor \[\] on the CPU"
+    )
+    with pytest.raises(ValueError, match=message):
+        functional.modulation_coefficients(torch.ones(2), given)  # type: ignore[arg-type]
+
+
+# --- the one declaration
+
+
+def test_eager_calls_do_not_go_through_the_dispatcher(native: Backend) -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert func.namespace != "mmbal"
+            return func(*args, **(kwargs or {}))
+
+    grads = [torch.ones(3, device=native.device)]
+    logits = [torch.zeros(2, 3, device=native.device, requires_grad=True) for _ in range(2)]
+    target = torch.zeros(2, dtype=torch.int64, device=native.device)
+    with Names():
+        scores = functional.contribution_scores(logits, target)
+        k = functional.modulation_coefficients(functional.discrepancy_ratios(scores), 0.1)
+        functional.modulate_(grads, k, [0])
+        functional.gradient_moments(grads)
+        functional.noise_like(grads[0], seed=0, step=0)
+        functional.blended_cross_entropy(logits, target, [0.5, 0.5])[0].backward()
+        with pytest.raises(AssertionError):
+            torch.ops.mmbal.gradient_moments(grads)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        """
+        for name in [name for name in sys.modules if name.split(".")[0] == "mmbal_fast"]:
+            del sys.modules[name]
+        """,
+        """
+        for module in list(sys.modules.values()):
+            if module.__name__.startswith("mmbal_fast.functional"):
+                importlib.reload(module)
+        importlib.reload(mmbal_fast)
+        """,
+    ],
+    ids=["purged", "reloaded"],
+)
+def test_imported_twice(again: str) -> None:
+    """As notebooks do; what runs afterwards is the code that was imported last."""
+    program = """
+        import importlib, sys, torch
+        import mmbal_fast
+        first = mmbal_fast.functional.gradient_moments
+        AGAIN
+        import mmbal_fast
+        from mmbal_fast.functional import _gradient_moments
+        second = mmbal_fast.functional.gradient_moments
+        assert second is not first
+        reference = _gradient_moments.moments_of._native
+        calls = []
+        _gradient_moments.moments_of._native = lambda *each: calls.append(1) or reference(*each)
+        grads = [torch.ones(3)]
+        rows = torch.compile(second, fullgraph=True, backend="aot_eager")(grads)
+        assert rows.tolist() == second(grads).tolist() == [[3, 1, 0]]
+        assert len(calls) == 2, calls
+    """
+    program = textwrap.dedent(program).replace("AGAIN\n", textwrap.dedent(again))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

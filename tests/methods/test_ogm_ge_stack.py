@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmbal_fast
-from mmbal_fast.functional import _modulate
+from mmbal_fast.functional._modulate import NON_FINITE_GRADIENT, unscales
+from mmbal_fast.methods import ogm_ge
 from tests.host_reads import host_reads
 from tests.methods.checkpoints import SAVES
 
@@ -103,7 +104,7 @@ def unscaling(
 ) -> Callable[..., None]:
     """The ways to unscale: a callable that comes before the step."""
     if request.param != "fused":
-        monkeypatch.setattr(_modulate, "unscales", lambda device: False)
+        monkeypatch.setattr(ogm_ge, "unscales", lambda device: False)
 
     def before(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
         if request.param == "before the step":
@@ -197,7 +198,7 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
     native: Backend, monkeypatch: pytest.MonkeyPatch, noise: float, spoiled: bool, scale: float
 ) -> None:
     """Every type that scalers take, many chunks, gaps, other layouts."""
-    assert _modulate.unscales(native.device)
+    assert unscales(native.device)
     generator = torch.Generator().manual_seed(1)
 
     def grads() -> list[Tensor]:
@@ -219,7 +220,7 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
     equal["a"][:, 0] = 1.0
     results, states = [], []
     for fused in (True, False):
-        monkeypatch.setattr(_modulate, "unscales", lambda device, fused=fused: fused)
+        monkeypatch.setattr(ogm_ge, "unscales", lambda device, fused=fused: fused)
         made = grads()
         parameters = [nn.Parameter(torch.zeros_like(each)) for each in made]
         head = nn.Parameter(torch.zeros(3, device=native.device))
@@ -245,7 +246,7 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
         states.append(state["found_inf_per_device"])
         results.append([each.grad for each in own if each.grad is not None])
         status = balancer._status.item()
-        assert status == (_modulate.NON_FINITE_GRADIENT if spoiled else 0)
+        assert status == (NON_FINITE_GRADIENT if spoiled else 0)
     for state in states:
         assert [found.item() for found in state.values()] == [float(spoiled)]
     for first, second in zip(*results, strict=True):

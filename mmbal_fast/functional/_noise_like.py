@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from mmbal_fast import _backend, reference
+from mmbal_fast import reference
 from mmbal_fast.functional import _checks
+from mmbal_fast.functional._operation import Operation
 
 
 def noise_like(
@@ -55,29 +58,40 @@ def noise_like(
         raise TypeError(
             f"{op}: tensor must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
         )
-    if torch.compiler.is_compiling():
-        number, counter = (0, step) if isinstance(step, Tensor) else (step, None)
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        result: Tensor = torch.ops.mmbal.noise_like(
-            tensor, signed, number, counter, tensor_id, offset
-        )
-        return result
-    return noise_like_eager(tensor, seed, step, tensor_id, offset)
+    number, counter = (0, step) if isinstance(step, Tensor) else (step, None)
+    return _operation(tensor, seed, number, counter, tensor_id, offset)
 
 
-@torch.no_grad()
-def noise_like_eager(
-    tensor: Tensor, seed: int, step: int | Tensor, tensor_id: int, offset: int
+def _native(
+    native: ModuleType,
+    tensor: Tensor,
+    seed: int,
+    step: int,
+    counter: Tensor | None,
+    tensor_id: int,
+    offset: int,
 ) -> Tensor:
-    """`noise_like` on checked arguments."""
-    native = _backend.runs(tensor.device)
-    if native is None:
-        return reference.noise_like(
-            tensor, seed=seed, step=step, tensor_id=tensor_id, offset=offset
-        )
     out = torch.empty_like(tensor, requires_grad=False)
     if out.stride() != tensor.stride():  # gaps, which empty_like closes: logical order counts
         packed = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return out.copy_(noise_like_eager(packed, seed, step, tensor_id, offset))
-    native.noise_(out, seed, step, tensor_id, offset, torch.get_num_threads())
+        return out.copy_(_native(native, packed, seed, step, counter, tensor_id, offset))
+    now = step if counter is None else counter
+    native.noise_(out, seed % 2**64, now, tensor_id, offset, torch.get_num_threads())
     return out
+
+
+def _reference(
+    tensor: Tensor, seed: int, step: int, counter: Tensor | None, tensor_id: int, offset: int
+) -> Tensor:
+    now = step if counter is None else counter
+    return reference.noise_like(tensor, seed=seed, step=now, tensor_id=tensor_id, offset=offset)
+
+
+_operation = Operation(
+    "noise_like(Tensor tensor, int seed, int step, Tensor? counter, int tensor_id, int offset) "
+    "-> Tensor",
+    device=lambda tensor, *_: tensor.device,
+    native=_native,
+    reference=_reference,
+    fake=lambda tensor, *_: torch.empty_like(tensor),
+)

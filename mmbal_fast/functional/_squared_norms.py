@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._moments import gradient_moments
+from mmbal_fast.functional._gradient_moments import gradient_moments
+from mmbal_fast.functional._operation import in_graph
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def squared_norms(
     except (TypeError, RuntimeError):
         _checks.gradients("squared_norms", tensors, None)  # the same, under this operation's name
         raise
-    members = _members if torch.compiler.is_compiling() else _kept_members
+    members = _members if in_graph() else _kept_members
     chosen = members(tuple(groups), bound, device)
     return torch.where(chosen, torch.addcmul(m2, count * mean, mean), 0.0).sum(1)
 
@@ -77,27 +78,3 @@ def _members(groups: tuple[int, ...], count: int, device: torch.device) -> Tenso
 
 # Kept, so that a step copies nothing to the device.
 _kept_members = functools.lru_cache(maxsize=16)(_members)
-
-
-@torch.no_grad()
-def accumulate_speeds_(
-    moments: Tensor, membership: Tensor, totals: Tensor, active: Tensor | None
-) -> Tensor:
-    """Adds ``|gradients|^2 / |weights|^2`` of each group to its total, in one launch.
-
-    Args:
-        moments: float64 ``[2, T, 3]``, as `gradient_moments` gives them: of T weights, and of their
-            gradients.
-        membership: float64 ``[G, T]``, how often a tensor counts in a group; 0 is not at all.
-        totals: float64 ``[G]``, written in place.
-        active: bool ``[]`` or None; where false nothing is added.
-
-    Returns:
-        bool ``[]``: whether all ratios are finite; if not, nothing is added.
-    """
-    native = _backend.runs(totals.device)
-    if native is None or torch.compiler.is_compiling():
-        return reference.accumulate_speeds_(moments, membership, totals, active)
-    finite = torch.empty((), dtype=torch.bool, device=totals.device)
-    native.accumulate_speeds_(moments, membership, totals, active, finite)
-    return finite

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
+from mmbal_fast.functional._operation import Operation
 
 
 def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
@@ -36,50 +38,59 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
         tensor([[ 3.,  3., 14.],
                 [ 0.,  0.,  0.]], dtype=torch.float64)
     """
-    if torch.compiler.is_compiling():
-        rows = [index for index, grad in enumerate(grads) if grad is not None]
-        kept = [grads[index] for index in rows]
-        if len(kept) == len(grads):
-            result: Tensor = torch.ops.mmbal.gradient_moments(kept)
-            return result
-        device = next((grad.device for grad in grads if grad is not None), None)
-        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
-        if kept:
-            moments[rows] = torch.ops.mmbal.gradient_moments(kept)
-        return moments
-    return gradient_moments_eager(grads)
+    return moments_of(grads)
 
 
-@torch.no_grad()
-def gradient_moments_eager(
+def _device(grads: Sequence[Tensor | None]) -> torch.device:
+    for grad in grads:
+        if grad is not None:
+            return grad.device
+    return torch.device("cpu")
+
+
+def _native(
+    native: ModuleType,
     grads: Sequence[Tensor | None],
+    *,
     names: Sequence[str] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`gradient_moments`; errors call the gradients by ``names``.
-
-    ``out`` is written and returned if it can be; its rows of None and of empty tensors stay as they
-    are.
-    """
-    op = "gradient_moments"
-    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-    native = _backend.runs(device)
-    if native is None:
-        _checks.gradients(op, grads, names)
-        return reference.gradient_moments(grads)
-    moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device) if out is None else out
+    moments = out
+    if moments is None:
+        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=_device(grads))
     unfit = native.moments(grads, moments, names, torch.get_num_threads(), _backend.workspace)
-    if unfit is None:
-        return moments
     if unfit is True:  # several devices
-        _checks.gradients(op, grads, names)
+        _checks.gradients("gradient_moments", grads, names)
         for index, grad in enumerate(grads):
             if grad is not None:
-                moments[index] = gradient_moments_eager([grad])[0].to(device)
-        return moments
-    dense = list(grads)
-    for index in unfit:
-        gapped = grads[index]
-        assert gapped is not None
-        dense[index] = gapped.contiguous()
-    return gradient_moments_eager(dense, names)
+                moments[index] = moments_of.run([grad])[0].to(moments.device)
+    elif unfit is not None:  # gaps between the elements
+        dense = list(grads)
+        for index in unfit:
+            dense[index] = dense[index].contiguous()
+        return _native(native, dense, names=names, out=moments)
+    return moments
+
+
+def _reference(
+    grads: Sequence[Tensor | None],
+    *,
+    names: Sequence[str] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    _checks.gradients("gradient_moments", grads, names)
+    moments = reference.gradient_moments(grads)
+    return moments if out is None else out.copy_(moments)
+
+
+moments_of = Operation(
+    "gradient_moments(Tensor[] grads) -> Tensor",
+    device=_device,
+    native=_native,
+    reference=_reference,
+    fake=lambda grads: grads[0].new_empty((len(grads), 3), dtype=torch.float64),
+)
+"""`gradient_moments`; for eager calls with ``names`` that errors call the gradients, and ``out``.
+
+``out`` is written and returned. Its rows of None and of empty tensors stay as they are.
+"""

@@ -1,0 +1,154 @@
+"""What an operation is: one declaration that eager calls and compiled graphs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmbal_fast import _backend
+
+Result = TypeVar("Result")
+
+
+def in_graph() -> bool:
+    """Whether torch.compile or torch.export is tracing: then no value can be read."""
+    return torch.compiler.is_compiling()
+
+
+class Operation(Generic[Result]):
+    """An operation: what runs it, and what a compiled graph knows of it.
+
+    An eager call runs the native kernels or, where there are none, the reference. It does not go
+    through torch's dispatcher: for a list of a thousand tensors that alone takes longer than the
+    kernels' whole host side. While torch.compile traces, the same call becomes one node of the
+    graph, ``torch.ops.mmbal.<name>``, which runs the same code. Results are without autograd graph,
+    unless there is a ``backward``.
+
+    Calls give the arguments of the schema by position. In a list of tensors there may be None, a
+    64-bit word may be unsigned, and a number may stand for a ``Tensor``: a setting that changes
+    from step to step is a ``Tensor`` in the schema, so that a graph is not compiled for each value
+    (float64 ``[]`` on the CPU; see `_checks.setting`). Arguments by name are for eager calls only,
+    such as what errors call the tensors; a graph does not have them.
+
+    Args:
+        schema: ``name(arguments) -> results`` as in `torch.library.custom_op`; what is written has
+            an alias, ``Tensor(a!)``.
+        device: where the arguments are, from the arguments.
+        native: from the native module and the arguments.
+        reference: from the arguments.
+        fake: results of the right shape, type and device without values, from the arguments.
+        backward: the operation that gives the gradients of the first argument, a list of tensors.
+        save: keeps what ``backward`` needs, from ``(ctx, inputs, output)``.
+        saved: the arguments of ``backward``, from ``ctx`` and the gradients of the results.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        device: Callable[..., torch.device],
+        native: Callable[..., Result],
+        reference: Callable[..., Result],
+        fake: Callable[..., object] = lambda *arguments: None,
+        backward: Operation[list[Tensor]] | None = None,
+        save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        saved: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = schema.split("(")[0]
+        self._device, self._native, self._reference = device, native, reference
+        self._backward, self._save, self._saved = backward, save, saved
+        inside = schema[len(self.name) + 1 : schema.index(") ->")]
+        self._arguments = [each.split() for each in inside.split(", ")]  # type, name
+        written = [name for type_, name in self._arguments if "!" in type_]
+        # Replaces what a reload, or a purge of sys.modules, has left registered.
+        definition = torch.library.custom_op(
+            f"mmbal::{self.name}",
+            self.run,
+            mutates_args=written,
+            schema=schema[len(self.name) :],
+        )
+        definition.register_fake(fake)
+        if not written:
+            definition.register_autograd(self._gradients, setup_context=self._set_up)
+        self._node = getattr(torch.ops.mmbal, self.name).default
+
+    def __call__(self, *arguments: Any, **eager: Any) -> Result:
+        if torch.compiler.is_compiling():
+            return self._in_graph(arguments)
+        if self._backward is not None:
+            result: Result = _Differentiable.apply(  # type: ignore[no-untyped-call]
+                self, arguments[1:], *arguments[0]
+            )
+            return result
+        with torch.no_grad():
+            return self.run(*arguments, **eager)
+
+    def run(self, *arguments: Any, **eager: Any) -> Result:
+        """Runs the native kernels or, where there are none, the reference."""
+        native = _backend.runs(self._device(*arguments))
+        if native is None:
+            return self._reference(*arguments, **eager)
+        return self._native(native, *arguments, **eager)
+
+    def _in_graph(self, arguments: tuple[Any, ...]) -> Result:
+        detached = self._backward is None
+        result: Result = self._node(
+            *(
+                _for_schema(type_, value, detached)
+                for (type_, _), value in zip(self._arguments, arguments, strict=True)
+            )
+        )
+        return result
+
+    def _set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._save is not None:
+            self._save(ctx, inputs, output)
+        else:
+            ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
+
+    def _gradients(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        assert self._backward is not None  # else nothing that it returned is differentiable
+        assert self._saved is not None
+        others = [None] * (len(self._arguments) - 1)
+        return self._backward._node(*self._saved(ctx, *grads)), *others
+
+
+def _for_schema(type_: str, value: Any, detached: bool) -> Any:
+    """A value as a node of a graph takes it."""
+    if type_ == "int" and value >= 2**63:
+        return value - 2**64
+    if type_ == "Tensor" and not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    if type_ in ("Tensor[]", "Tensor(a!)[]"):
+        # Empty tensors are skipped as None is.
+        like = next((each for each in value if each is not None), torch.empty(0))
+        value = [like.new_empty(0) if each is None else each for each in value]
+    if not detached or "!" in type_:
+        return value
+    # Not no_grad: where a node raises, the graph does not switch gradients on again.
+    if isinstance(value, Tensor):
+        return value.detach()
+    return [each.detach() for each in value] if type_ == "Tensor[]" else value
+
+
+class _Differentiable(torch.autograd.Function):
+    """An eager call of an operation that has a backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Operation[Any], others: tuple[Any, ...], *tensors: Tensor
+    ) -> Any:
+        output = operation.run(tensors, *others)
+        operation._set_up(ctx, (tensors, *others), output)
+        ctx.operation = operation
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        operation = ctx.operation
+        return None, None, *operation._backward.run(*operation._saved(ctx, *grads))
