@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmbal_fast.methods import ConditionalLearningSpeed
+from mmbal_fast import ConditionalLearningSpeed
 from mmbal_fast.nn import MMTM
 
 

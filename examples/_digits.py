@@ -63,9 +63,9 @@ def accuracy(net: nn.Module, test: TensorDataset, device: torch.device) -> str:
     return f"{100 * correct.float().mean().item():.1f} %"
 
 
-def coefficients(history: mmbal_fast.ModulationHistory, steps: int) -> str:
+def coefficients(history: mmbal_fast.History, steps: int) -> str:
     """Mean of what the last steps scaled gradients by, as ``gray 1.00, color 0.50``."""
     table = history.to_dict()
     return ", ".join(
-        f"{name} {mean(table[f'coefficient/{name}'][-steps:]):.2f}" for name in history.names
+        f"{name} {mean(table[f'coefficients/{name}'][-steps:]):.2f}" for name in history.names
     )

@@ -305,7 +305,7 @@ def main() -> int:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 70, 0.1)
     balancer = mmbal_fast.OGMGE(model.encoders, alpha=opt.alpha, seed=opt.seed)
-    history = mmbal_fast.ModulationHistory(balancer.modality_names)
+    history = mmbal_fast.History(balancer.names)
     stateful: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,

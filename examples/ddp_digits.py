@@ -46,7 +46,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     # The scores are summed over all processes, so that all scale by the same coefficients.
     balancer = mmbal_fast.OGMGE(net.encoders, alpha=0.5)
-    history = mmbal_fast.ModulationHistory(balancer.modality_names)
+    history = mmbal_fast.History(balancer.names)
 
     for epoch in range(1, options.epochs + 1):
         sampler.set_epoch(epoch)

@@ -53,7 +53,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     # Every element gets the noise that it would get in a whole tensor on one process.
     balancer = mmbal_fast.OGMGE(net.encoders, alpha=0.5)
-    history = mmbal_fast.ModulationHistory(balancer.modality_names)
+    history = mmbal_fast.History(balancer.names)
 
     if first:
         name, weight = next(iter(net.encoders.named_parameters()))

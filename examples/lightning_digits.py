@@ -9,7 +9,7 @@ processes. Lightning prints its own lines, and this script:
     ...
     coefficients in the last epoch: gray 0.50, color 0.97
 
-Losses and ``modulation/...`` are in ``runs/lightning_digits``, and a plot of the latter.
+Losses and ``balance/...`` are in ``runs/lightning_digits``, and a plot of the latter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import mmbal_fast
-from mmbal_fast.integrations.lightning import OGMGECallback
+from mmbal_fast.integrations.lightning import BalancingCallback
 
 
 class Classifier(LightningModule):
@@ -73,7 +73,7 @@ def main() -> None:
 
     seed_everything(0)
     train, test = datasets()
-    callback = OGMGECallback()
+    callback = BalancingCallback()
     logger = CSVLogger("runs", name="lightning_digits")
     trainer = Trainer(
         max_epochs=options.epochs,

@@ -4,7 +4,7 @@
 
 Needs scikit-learn and ``pip install mmbal-fast[transformers]``; started by
 ``torchrun --nproc-per-node 2`` it trains on two processes. The Trainer prints what it logs, which
-includes ``modulation/...``, and this script, with numbers that differ between processors:
+includes ``balance/...``, and this script, with numbers that differ between processors:
 
     test accuracy 77.2 %
     coefficients in the last epoch: gray 0.50, color 0.97
@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 import mmbal_fast
-from mmbal_fast.integrations.transformers import OGMGECallback
+from mmbal_fast.integrations.transformers import BalancingCallback
 
 
 class Classifier(nn.Module):
@@ -75,7 +75,7 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         disable_tqdm=True,
-        report_to="none",  # or "tensorboard", "wandb", ...: they get modulation/... as well
+        report_to="none",  # or "tensorboard", "wandb", ...: they get balance/... as well
     )
     trainer = Trainer(
         model,
@@ -85,7 +85,7 @@ def main() -> None:
         eval_dataset=test,
         compute_metrics=accuracy,
     )
-    callback = OGMGECallback()
+    callback = BalancingCallback()
     callback.add_to(trainer)
     trainer.train()
 

@@ -15,7 +15,7 @@
 #endif
 
 // The families of operations: csrc/python/<family>.cpp has bind_<family>.
-#define MMBAL_FAMILIES(f) f(gradients) f(scores) f(cross_entropy) f(speeds)
+#define MMBAL_FAMILIES(f) f(gradients) f(scores) f(cross_entropy) f(speeds) f(identity)
 
 namespace mmbal {
 

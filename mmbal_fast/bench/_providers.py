@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmbal_fast import _backend, functional
+from mmbal_fast import OGMGE, _backend, functional
 from mmbal_fast.bench._baselines import (
     plain_coefficients,
     plain_update_,
@@ -17,7 +17,6 @@ from mmbal_fast.bench._baselines import (
 )
 from mmbal_fast.bench._measure import Provider
 from mmbal_fast.bench._workloads import Gradients, Scoring
-from mmbal_fast.methods import OGMGE
 
 ALPHA = 0.3
 BATCH = Scoring(modalities=2, batch=64, classes=6)

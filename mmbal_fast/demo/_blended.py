@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mmbal_fast import GradientBlending, estimate_blending_weights
 from mmbal_fast.demo._digits import Samples
 from mmbal_fast.demo._learner import Setup
 from mmbal_fast.demo._models import CHANNELS, FEATURES, encoder, images
 from mmbal_fast.demo._recorder import Recorder
-from mmbal_fast.methods import GradientBlending, estimate_blending_weights
 from mmbal_fast.nn import MultiHeadLateFusion
 
 HELD_OUT = 200

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmbal_fast import ConditionalLearningSpeed, GreedyBalancing, conditional_utilization
 from mmbal_fast.demo._digits import Samples
 from mmbal_fast.demo._learner import Setup
 from mmbal_fast.demo._models import CHANNELS, FEATURES, convolution, images
-from mmbal_fast.methods import ConditionalLearningSpeed, GreedyBalancing, conditional_utilization
 from mmbal_fast.nn import MMTM
 
 HELD_OUT = 200

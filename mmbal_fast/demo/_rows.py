@@ -48,7 +48,7 @@ class Modulated(Plain):
         """The method: scores, ratios, coefficients, gradients."""
         with self.recorder.added(), torch.no_grad():
             record = self.balancer.step(unimodal_logits(features, self.model.head), target)
-        names = self.balancer.modality_names
+        names = self.balancer.names
         self.recorder.log("ratio", record.ratios, names)
         self.recorder.log("coefficient", record.coefficients, names)
 

@@ -2,70 +2,77 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from mmbal_fast.methods.history import ModulationHistory, tags
-from mmbal_fast.methods.ogm_ge import OGMGE
+from mmbal_fast.training.history import History, values_of
+from mmbal_fast.training.method import Method, Record
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
 
-class BalancerCallback:
-    """Steps the `OGMGE` that the trained module holds.
+class MethodCallback:
+    """Steps the `Method` that the trained module holds.
 
     Args:
-        balancer: the module's attribute that holds it.
-        epochs: modulate in so many first epochs only; None for all.
+        method: the module's attribute that holds it.
+        epochs: enable it in so many first epochs only; None for all.
     """
 
-    def __init__(self, balancer: str = "balancer", *, epochs: int | None = None) -> None:
-        self._attribute = balancer
+    def __init__(self, method: str = "balancer", *, epochs: int | None = None) -> None:
+        self._attribute = method
         self._epochs = epochs
-        self._balancer: OGMGE | None = None
-        self._saved: dict[str, Any] = {}  # to load when the balancer is known
-        self._stepped = False
-        self.history: ModulationHistory | None = None
+        self._method: Method | None = None
+        self._saved: dict[str, Any] = {}  # to load when the method is known
+        self._last: Record | None = None
+        self.history: History | None = None
         """Every step so far, once training has begun."""
 
     def _begin(self, module: nn.Module) -> None:
-        balancer = getattr(module, self._attribute, None)
-        if not isinstance(balancer, OGMGE):
+        method = getattr(module, self._attribute, None)
+        if not isinstance(method, Method):
             raise TypeError(
-                f"{type(self).__name__}: the module must hold its OGMGE as '{self._attribute}' "
-                f"(got a {type(module).__name__} with {balancer!r} there)"
+                f"{type(self).__name__}: the module must hold its method as '{self._attribute}' "
+                f"(got a {type(module).__name__} with {method!r} there)"
             )
-        # The framework may have wrapped or sharded the module since the balancer was made.
-        balancer.refresh()
-        self._balancer = balancer
+        method._before_training()
+        self._method = method
         # Also where there is nothing to load: it forgets what a forward pass by hand observed.
-        balancer.load_state_dict(self._saved or balancer.state_dict())
+        method.load_state_dict(self._saved or method.state_dict())
         self._saved = {}
-        if self.history is None or self.history.names != balancer.modality_names:
-            self.history = ModulationHistory(balancer.modality_names)
+        if self.history is None or self.history.names != method.names:
+            self.history = History(method.names)
 
     def _begin_epoch(self, epoch: int) -> None:
-        if self._balancer is not None and self._epochs is not None:
-            self._balancer.enabled = epoch < self._epochs
+        if self._method is not None and self._epochs is not None:
+            self._method.enabled = epoch < self._epochs
 
     @property
     def _pending(self) -> bool:
         """Whether something was observed since the last step."""
-        return self._balancer is not None and self._balancer._pending
+        return self._method is not None and self._method._pending
 
     def _step(self, step: int, scaler: GradScaler | None, optimizer: Optimizer) -> None:
-        """Modulates, unless nothing was observed because a batch was left out."""
-        balancer, history = self._balancer, self.history
-        if balancer is None or history is None or (self._stepped and not self._pending):
+        """Acts before the optimizer's step, and keeps what was measured."""
+        if self._method is None or self.history is None:
             return
-        history.record(balancer.step(grad_scaler=scaler, optimizer=optimizer), step)
-        self._stepped = True
+        record = self._method._before_optimizer(scaler, optimizer)
+        if record is not None:
+            self.history.record(record, step)
+            self._last = record
+
+    def _end_validation(self) -> None:
+        if self._method is not None:
+            self._method._after_validation()
+
+    def _forget(self) -> None:
+        """Drops what a validation before training recorded."""
+        if self._method is not None:
+            self._method._forget()
 
     def _refuse_pending(self) -> None:
         """Raises if something was observed that no gradient belongs to."""
@@ -77,20 +84,15 @@ class BalancerCallback:
 
     def _values(self) -> dict[str, float]:
         """The last step's numbers by their tags, none if it was not finite. Reads the host."""
-        record = None if self._balancer is None else self._balancer.last
-        if self.history is None or record is None:
+        if self._method is None or self._last is None:
             return {}
-        rows = torch.stack((record.scores, record.ratios, record.coefficients)).flatten()
-        *values, skipped = torch.cat((rows, record.skipped[None])).tolist()
-        if skipped or not all(map(math.isfinite, values)):
-            return {}
-        return dict(zip(tags(self.history.names), values, strict=True))
+        return values_of(self._last, self._method.names)
 
     def _export(self) -> dict[str, Any]:
-        return dict(self._saved) if self._balancer is None else self._balancer.state_dict()
+        return dict(self._saved) if self._method is None else self._method.state_dict()
 
     def _import(self, state: Mapping[str, Any]) -> None:
-        if self._balancer is None:
+        if self._method is None:
             self._saved = dict(state)
         elif state:
-            self._balancer.load_state_dict(state)
+            self._method.load_state_dict(state)

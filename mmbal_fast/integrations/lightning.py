@@ -1,4 +1,4 @@
-"""OGM-GE as a callback for Lightning."""
+"""The methods as a callback for Lightning."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ except ModuleNotFoundError as error:
         "mmbal_fast.integrations.lightning needs Lightning: pip install mmbal-fast[lightning]"
     ) from error
 
-from mmbal_fast.integrations._callback import BalancerCallback
+from mmbal_fast.integrations._callback import MethodCallback
 
 
-class OGMGECallback(BalancerCallback, Callback):
-    """Balances the modalities of a ``LightningModule`` before every step of its optimizer.
+class BalancingCallback(MethodCallback, Callback):
+    """Steps the method of a ``LightningModule`` before every step of its optimizer.
 
-    The module makes an `OGMGE` and hands over logits by ``self.balancer.observe(logits, target)``
-    in ``training_step``, once per (micro-)batch. The callback does the rest: it modulates in
-    ``on_before_optimizer_step``, so once per optimizer step under gradient accumulation, after
-    unscaling and before clipping; it saves and loads the balancer's state with checkpoints; and
-    every ``log_every_n_steps`` it gives scores, ratios and coefficients to the trainer's loggers,
-    as ``modulation/ratio/<name>`` and so on. Between those steps nothing is read back to the host.
+    The module makes a `Method` and hands over what it needs in ``training_step``, once per
+    (micro-)batch: logits by ``self.balancer.observe(logits, target)`` for a gradient modulation;
+    ``self.balancer.loss`` for `GradientBlending`, and its ``record`` in ``training_step`` and
+    ``validation_step``; nothing for `GreedyBalancing`. The callback does the rest: it steps the
+    method in ``on_before_optimizer_step``, so once per optimizer step under gradient accumulation,
+    after unscaling and before clipping; after a validation it ends Gradient-Blending's super-epoch;
+    it saves and loads the method's state with checkpoints; and every ``log_every_n_steps`` it gives
+    what the method measured to the trainer's loggers, as ``balance/ratios/<name>`` and so on.
+    Between those steps nothing is read back to the host.
 
-    With manual optimization it modulates before the first optimizer that steps after something was
+    With manual optimization it steps before the first optimizer that steps after something was
     observed: call ``backward`` for all of them before.
 
     Args:
-        balancer: the module's attribute that holds its `OGMGE`; default ``"balancer"``.
-        epochs: modulate in so many first epochs, then train plainly; default all. The authors'
+        method: the module's attribute that holds its `Method`; default ``"balancer"``.
+        epochs: enable it in so many first epochs, then train plainly; default all. The authors'
             code for OGM-GE (CVPR 2022) has 51.
 
     Raises:
-        TypeError: when training begins, if the module does not hold an `OGMGE` there.
+        TypeError: when training begins, if the module does not hold a `Method` there.
         RuntimeError: when training goes on, if nothing was observed or if validation observed.
 
     Example:
@@ -54,25 +57,25 @@ class OGMGECallback(BalancerCallback, Callback):
                     self.balancer.observe(logits, batch["label"])
                     return cross_entropy(sum(logits.values()), batch["label"])
 
-            Trainer(callbacks=[OGMGECallback()]).fit(Classifier(), loader)
+            Trainer(callbacks=[BalancingCallback()]).fit(Classifier(), loader)
     """
 
-    def __init__(self, balancer: str = "balancer", *, epochs: int | None = None) -> None:
-        super().__init__(balancer, epochs=epochs)
+    def __init__(self, method: str = "balancer", *, epochs: int | None = None) -> None:
+        super().__init__(method, epochs=epochs)
         self._pending_before = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the balancer."""
+        """Finds the method."""
         self._begin(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches modulation off after its epochs."""
+        """Switches the method off after its epochs."""
         self._begin_epoch(trainer.current_epoch)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Modulates and logs."""
+        """Steps the method and logs."""
         step = trainer.global_step
         self._step(step, getattr(trainer.precision_plugin, "scaler", None), optimizer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -86,14 +89,18 @@ class OGMGECallback(BalancerCallback, Callback):
         self._pending_before = self._pending
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a module that observes in validation."""
+        """Refuses a module that observes in validation; ends a super-epoch."""
         if not self._pending_before:
             self._refuse_pending()
+        if trainer.sanity_checking:
+            self._forget()
+        else:
+            self._end_validation()
 
     def state_dict(self) -> dict[str, Any]:
-        """The balancer's."""
+        """The method's."""
         return self._export()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps it until the balancer is known, where Lightning loads before it sets up."""
+        """Keeps it until the method is known, where Lightning loads before it sets up."""
         self._import(state_dict)

@@ -1,10 +1,10 @@
-"""OGM-GE as a callback for the Trainer of Hugging Face Transformers."""
+"""The methods as a callback for the Trainer of Hugging Face Transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from transformers import (
@@ -22,26 +22,29 @@ except ModuleNotFoundError as error:
         "pip install mmbal-fast[transformers]"
     ) from error
 
-from mmbal_fast.integrations._callback import BalancerCallback
+from mmbal_fast.integrations._callback import MethodCallback
 
 
-class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
-    """Balances the modalities of a model before every step of the Trainer's optimizer.
+class BalancingCallback(MethodCallback, TrainerCallback, ExportableState):
+    """Steps the method of a model before every step of the Trainer's optimizer.
 
-    The model makes an `OGMGE` and hands over logits by ``self.balancer.observe(logits, labels)`` in
-    ``forward``, in training only. The callback does the rest: it modulates in
-    ``on_pre_optimizer_step``, so once per optimizer step under gradient accumulation, after
-    unscaling and after clipping; it saves and loads the balancer's state with checkpoints; and it
-    adds scores, ratios and coefficients to what the Trainer logs, as ``modulation/ratio/<name>``
-    and so on. Between those steps nothing is read back to the host.
+    The model makes a `Method` and hands over what it needs in ``forward``: logits by
+    ``self.balancer.observe(logits, labels)`` in training only, for a gradient modulation;
+    ``self.balancer.loss`` and ``record`` for `GradientBlending`, in training as ``"train"`` and in
+    evaluation as ``"validation"``; nothing for `GreedyBalancing`. The callback does the rest: it
+    steps the method in ``on_pre_optimizer_step``, so once per optimizer step under gradient
+    accumulation, after unscaling and after clipping; after an evaluation it ends
+    Gradient-Blending's super-epoch; it saves and loads the method's state with checkpoints; and it
+    adds what the method measured to what the Trainer logs, as ``balance/ratios/<name>`` and so on.
+    Between those steps nothing is read back to the host.
 
     Args:
-        balancer: the model's attribute that holds its `OGMGE`; default ``"balancer"``.
-        epochs: modulate in so many first epochs, then train plainly; default all. The authors'
+        method: the model's attribute that holds its `Method`; default ``"balancer"``.
+        epochs: enable it in so many first epochs, then train plainly; default all. The authors'
             code for OGM-GE (CVPR 2022) has 51.
 
     Raises:
-        TypeError: when training begins, if the model does not hold an `OGMGE` there, or if it is
+        TypeError: when training begins, if the model does not hold a `Method` there, or if it is
             to run in ``nn.DataParallel``.
         RuntimeError: when training goes on, if nothing was observed or if evaluation observed.
 
@@ -64,7 +67,7 @@ class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
                     return {"loss": cross_entropy(fused, labels), "logits": fused}
 
             trainer = Trainer(Classifier(), arguments, train_dataset=dataset)
-            OGMGECallback().add_to(trainer)
+            BalancingCallback().add_to(trainer)
             trainer.train()
     """
 
@@ -84,11 +87,11 @@ class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Finds the balancer and loads its state where training resumes."""
+        """Finds the method and loads its state where training resumes."""
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             raise TypeError(
-                "OGMGECallback: the model must not run in nn.DataParallel; start the script with "
-                f"torchrun, or show it one GPU (got {args.n_gpu})"
+                "BalancingCallback: the model must not run in nn.DataParallel; start the script "
+                f"with torchrun, or show it one GPU (got {args.n_gpu})"
             )
         assert model is not None
         exported: Any = state.stateful_callbacks
@@ -104,7 +107,7 @@ class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Switches modulation off after its epochs."""
+        """Switches the method off after its epochs."""
         self._begin_epoch(int(state.epoch or 0))
 
     def on_step_begin(
@@ -125,10 +128,20 @@ class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Modulates."""
+        """Steps the method."""
         # Accelerate's wrapper has the scaler, and the scaler knows the optimizer within.
         scaler = getattr(optimizer, "scaler", None)
         self._step(state.global_step, scaler, getattr(optimizer, "optimizer", optimizer))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Ends a super-epoch."""
+        self._end_validation()
 
     def on_log(
         self,
@@ -147,6 +160,15 @@ class OGMGECallback(BalancerCallback, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to ``trainer_state.json`` with every checkpoint."""
         return {
-            "args": {"balancer": self._attribute, "epochs": self._epochs},
-            "attributes": {"_saved": self._export()},
+            "args": {"method": self._attribute, "epochs": self._epochs},
+            "attributes": {"_saved": _plain(self._export())},
         }
+
+
+def _plain(state: Any) -> Any:
+    """Numbers and lists, as JSON has them."""
+    if isinstance(state, Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return state

@@ -11,28 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blended_cross_entropy import blend, check_label_smoothing
-from mmbal_fast.functional._blending_weights import check_floor
-from mmbal_fast.methods._distributed import resolve_group
+from mmbal_fast.functional._blending import check_floor
 from mmbal_fast.reference._blending import FLOOR, increments
+from mmbal_fast.training import LossWeighting, Setting, WeightingRecord
+from mmbal_fast.training.method import tensor
+from mmbal_fast.training.weighting import as_losses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.distributed import ProcessGroup
 
 Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, Split] = ("train", "validation")
-
-
-class HeadLosses(NamedTuple):
-    """Losses of a batch, tensors on its device.
-
-    Attributes:
-        losses: float32 or float64 ``[K]``, detached: each head's mean over the samples that count.
-        samples: int64 ``[]``, the number of samples that count.
-    """
-
-    losses: Tensor
-    samples: Tensor
 
 
 class SuperEpoch(NamedTuple):
@@ -56,7 +46,12 @@ class SuperEpoch(NamedTuple):
     weights: Tensor
 
 
-class GradientBlending:
+def _floor(op: str, name: str, value: Any) -> float:
+    check_floor(op, value)
+    return float(value)
+
+
+class GradientBlending(LossWeighting):
     """Gradient-Blending: ``sum_k w_k L_k`` over all heads, with weights that are measured.
 
     Wang, Tran, Feiszli, "What Makes Training Multi-Modal Classification Networks Hard?"
@@ -86,17 +81,16 @@ class GradientBlending:
             initialised, as in `OGMGE`.
 
     Attributes:
-        head_names: names of the heads, in the order of all ``[K]``.
         history: a `SuperEpoch` for each `update`, oldest first.
-        last: the `HeadLosses` of the last call of `loss`, None before it.
 
     Raises:
         ValueError: fewer than two heads, a name given twice, weights of another length, negative,
             not finite or all 0, or ``floor`` or ``label_smoothing`` out of range.
+        TypeError: ``heads`` is text instead of names.
 
     Example:
         >>> import torch
-        >>> from mmbal_fast.methods import GradientBlending
+        >>> from mmbal_fast import GradientBlending
         >>> blending = GradientBlending(["audio", "fused"])
         >>> logits = {"audio": torch.zeros(4, 2), "fused": torch.zeros(4, 2)}
         >>> blending.loss(logits, torch.tensor([0, 1, 1, 0]))
@@ -112,9 +106,9 @@ class GradientBlending:
         tensor([0.8000, 0.2000], dtype=torch.float64)
     """
 
-    head_names: tuple[str, ...]
     history: list[SuperEpoch]
-    last: HeadLosses | None
+    floor = Setting(_floor)
+    """Of `functional.blending_weights`."""
 
     def __init__(
         self,
@@ -124,83 +118,23 @@ class GradientBlending:
         floor: float = FLOOR,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        """See the class."""
-        self.head_names = checked_heads("GradientBlending", heads)
-        check_floor("GradientBlending", floor)
-        check_label_smoothing("GradientBlending", label_smoothing)
-        self.floor = floor
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.process_group = process_group
-        self.history = []
-        self.last = None
-        count = len(self.head_names)
-        self._weights = torch.full((count,), 1.0 / count, dtype=torch.float64)
-        if weights is not None:
-            self.weights = weights
-        self._sums: dict[Split, Tensor] = {}
-
-    @property
-    def weights(self) -> Tensor:
-        """Weight of each head, float64 ``[K]``; assign to set them."""
-        return self._weights.clone()
-
-    @weights.setter
-    def weights(self, weights: Tensor | Sequence[float]) -> None:
-        values = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
-        if values.shape != (len(self.head_names),):
-            raise ValueError(
-                f"GradientBlending: weights must be [{len(self.head_names)}], one for each head "
-                f"(got {list(values.shape)})"
-            )
-        if not (values.isfinite().all() and (values >= 0).all() and values.any()):
-            raise ValueError(
-                "GradientBlending: weights must be finite and not negative, one of them positive "
-                f"(got {values.tolist()})"
-            )
-        self._weights.copy_(values)
-
-    def loss(self, logits: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """The blended loss ``sum_k w_k CE(logits_k, target)``, to be differentiated.
-
-        Leaves each head's own loss in `last`. See `mmbal_fast.functional.blended_cross_entropy`;
-        no host read.
-
-        Args:
-            logits: ``[B, C]`` or ``[B, C, ...]`` for each head.
-            target: class indexes ``[B]`` or ``[B, ...]``, or soft labels shaped like the logits.
-
-        Returns:
-            A scalar, float64 if any of the logits is, float32 otherwise.
-
-        Raises:
-            ValueError: a head is missing or unknown, and as ``blended_cross_entropy`` does.
-            TypeError: as ``blended_cross_entropy`` does.
-            IndexError: as ``blended_cross_entropy`` does.
-        """
-        if set(logits) != set(self.head_names):
-            raise ValueError(
-                f"GradientBlending.loss: logits must name the heads {list(self.head_names)} "
-                f"(got {list(logits)})"
-            )
-        ordered = [logits[name] for name in self.head_names]
-        self._move(ordered[0].device)
-        loss, per_head, samples = blend(
-            ordered,
-            target,
-            self._weights,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
+        super().__init__(
+            heads,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            process_group=process_group,
         )
-        self.last = HeadLosses(per_head, samples)
-        return loss
+        self.floor = floor
+        self.history = []
+        self._sums: dict[Split, Tensor] = {}
 
     def record(
         self,
         split: Split,
-        losses: HeadLosses | Mapping[str, Tensor | float] | Tensor | Sequence[float],
+        losses: WeightingRecord | Mapping[str, Tensor | float] | Tensor | Sequence[float],
         samples: Tensor | int | None = None,
     ) -> None:
         """Add the losses of a batch to the current measurement of a split.
@@ -211,7 +145,7 @@ class GradientBlending:
         Args:
             split: ``"train"`` or ``"validation"``.
             losses: `last`, or the mean loss of each head over the batch, ``[K]`` or by name.
-            samples: how many samples these are the means of; `HeadLosses` has that in itself.
+            samples: how many samples these are the means of; `last` has that in itself.
 
         Raises:
             ValueError: an unknown split; a head missing or unknown; losses of another length; a
@@ -219,7 +153,7 @@ class GradientBlending:
 
         Example:
             >>> import torch
-            >>> from mmbal_fast.methods import GradientBlending
+            >>> from mmbal_fast import GradientBlending
             >>> blending = GradientBlending(["audio", "fused"])
             >>> batches = [(torch.zeros(3, 2), torch.tensor([0, 1, 1]))]
             >>> with torch.no_grad():
@@ -231,15 +165,15 @@ class GradientBlending:
         op = "GradientBlending.record"
         if split not in _SPLITS:
             raise ValueError(f"{op}: split must be 'train' or 'validation' (got {split!r})")
-        if isinstance(losses, HeadLosses):
+        if isinstance(losses, WeightingRecord):
             if samples is not None:
-                raise ValueError(f"{op}: HeadLosses has its own samples (got {samples} beside it)")
-            losses, samples = losses
+                raise ValueError(f"{op}: a record has its own samples (got {samples} beside it)")
+            losses, samples = losses.losses, losses.samples
         if samples is None:
             raise ValueError(f"{op}: the number of samples is needed (got None)")
         if isinstance(samples, int) and samples < 0:
             raise ValueError(f"{op}: samples must not be negative (got {samples})")
-        values = as_losses(op, self.head_names, losses)
+        values = as_losses(op, self.names, losses)
         number = torch.as_tensor(samples, dtype=torch.float64, device=values.device)
         # Not by multiplication alone: the mean over no samples is NaN.
         total = torch.where(number > 0, values * number, 0.0)
@@ -264,11 +198,11 @@ class GradientBlending:
             ValueError: a split has no records on any rank. Nothing changes then.
         """
         device = next(iter(self._sums.values()), self._weights).device
-        none = torch.zeros(len(self.head_names) + 1, dtype=torch.float64, device=device)
+        none = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
         sums = torch.stack([self._sums.get(split, none).to(device) for split in _SPLITS])
-        group = resolve_group(self.process_group)
-        if group is not None:
-            dist.all_reduce(sums, group=group)
+        self._join()
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
         sums = sums.cpu()
         samples = sums[:, -1:]
         for split, each in zip(_SPLITS, samples, strict=True):
@@ -313,7 +247,7 @@ class GradientBlending:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharex=True)
         epochs = range(len(self.history))
-        for k, name in enumerate(self.head_names):
+        for k, name in enumerate(self.names):
             left.plot(epochs, [each.ratio[k].item() for each in self.history], "o-", label=name)
             right.plot(epochs, [each.weights[k].item() for each in self.history], "o-", label=name)
         left.set(xlabel="measurement", ylabel="OGR, |dO / dG|", yscale="log")
@@ -321,66 +255,54 @@ class GradientBlending:
         right.legend()
         return figure
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, history and what was recorded since the last `update`, as plain numbers.
+    def _state(self) -> dict[str, Any]:
+        """Plain numbers: weights, history and what was recorded since the last `update`.
 
         The records are this rank's own: with several ranks, save right after `update`. Then the
-        state is the same on all of them and fits any number of ranks. Reads the device.
+        state is the same on all of them and fits any number of ranks.
         """
         return {
-            "heads": list(self.head_names),
-            "weights": self._weights.tolist(),
+            **super()._state(),
             "history": [[values.tolist() for values in each] for each in self.history],
             "sums": {split: each.tolist() for split, each in self._sums.items()},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned, bit for bit.
-
-        Raises:
-            ValueError: the state is of other heads.
-        """
-        if tuple(state_dict["heads"]) != self.head_names:
-            raise ValueError(
-                f"GradientBlending.load_state_dict: the heads must be {list(self.head_names)} "
-                f"(got {list(state_dict['heads'])})"
+    def _load(self, op: str, state: Mapping[str, Any]) -> None:
+        like = torch.empty(len(self.names), dtype=torch.float64, device="cpu")
+        history = []
+        for measurement in _listed(op, "history", state["history"]):
+            rows = _listed(op, "a measurement of the history", measurement)
+            if len(rows) != len(SuperEpoch._fields):
+                raise ValueError(
+                    f"{op}: a measurement must have {', '.join(SuperEpoch._fields)} "
+                    f"(got {len(rows)} rows)"
+                )
+            # The first measurement has nothing to compare with, and losses may diverge: NaN.
+            history.append(
+                SuperEpoch(*(tensor(op, "history", each, like, finite=False) for each in rows))
             )
-        self._weights.copy_(_float64(state_dict["weights"]))
-        self.history = [SuperEpoch(*map(_float64, each)) for each in state_dict["history"]]
-        self._sums = {split: _float64(each) for split, each in state_dict["sums"].items()}
+        sums, more = state["sums"], torch.cat([like, like[:1]])
+        if not isinstance(sums, Mapping) or not set(sums) <= set(_SPLITS):
+            raise ValueError(f"{op}: sums must be of {' and '.join(_SPLITS)} (got {sums!r})")
+        recorded = {
+            split: tensor(op, "sums", sums[split], more) for split in _SPLITS if split in sums
+        }
+        super()._load(op, state)
+        self.history, self._sums = history, recorded
 
-    def _move(self, device: torch.device) -> None:
-        if self._weights.device != device:
-            # A tensor made in inference mode could never be saved for a backward pass.
-            with torch.inference_mode(False):
-                self._weights = self._weights.to(device)
+    def _forget(self) -> None:
+        self._sums = {}
 
+    def _in_sync(self) -> dict[str, int]:
+        return super()._in_sync() | {"measurements": len(self.history)}
 
-def checked_heads(op: str, heads: Sequence[str]) -> tuple[str, ...]:
-    """The names of at least two heads, each given once."""
-    if len(heads) < 2:
-        raise ValueError(f"{op}: there must be at least 2 heads (got {list(heads)})")
-    if len(set(heads)) < len(heads):
-        raise ValueError(f"{op}: the heads must differ in name (got {list(heads)})")
-    return tuple(heads)
-
-
-def as_losses(
-    op: str,
-    heads: Sequence[str],
-    losses: Mapping[str, Tensor | float] | Tensor | Sequence[float],
-) -> Tensor:
-    """Losses of the heads, given by name or in order, as float64 ``[K]``, detached."""
-    if isinstance(losses, Mapping):
-        if set(losses) != set(heads):
-            raise ValueError(f"{op}: losses must name the heads {list(heads)} (got {list(losses)})")
-        values = torch.stack([torch.as_tensor(losses[name]).double() for name in heads])
-    else:
-        values = torch.as_tensor(losses, dtype=torch.float64)
-    if values.shape != (len(heads),):
-        raise ValueError(f"{op}: losses must be [{len(heads)}] (got {list(values.shape)})")
-    return values.detach()
+    def _after_validation(self) -> None:
+        """Ends a super-epoch where training and validation were recorded."""
+        if len(self._sums) == len(_SPLITS):
+            self.update()
 
 
-def _float64(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def _listed(op: str, name: str, value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{op}: {name} must be a list (got {value!r})")
+    return value

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmbal_fast.methods import GradientBlending
+from mmbal_fast import GradientBlending
 from tests.distributed.checks import alone, counted_collectives, equal_on_all_ranks
 
 

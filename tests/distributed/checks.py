@@ -214,7 +214,7 @@ def resume_and_compare(folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> 
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
     dcp.load({"model": net.state_dict(), "balancer": balancer}, checkpoint_id=folder)
     expected = torch.load(folder / "expected.pt")
-    state = {"seed": 2**63 + 5, "step": 5, "enabled": True}
+    state = {"names": ["audio", "image"], "seed": 2**63 + 5, "step": 5, "enabled": True}
     assert balancer.state_dict() == expected["balancer"] == state
     train(model, balancer, range(5, 10), share)
     found = parameters_of(net)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mmbal_fast.methods import ConditionalLearningSpeed, GreedyBalancing, conditional_utilization
+from mmbal_fast import ConditionalLearningSpeed, GreedyBalancing, conditional_utilization
 from mmbal_fast.nn import MMTM
 from tests.distributed.checks import (
     alone,
@@ -109,7 +109,7 @@ def check_greedy_balancing_under_ddp_equals_one_process(folder: Path) -> None:
     model = DistributedDataParallel(net)
     balancing = GreedyBalancing(model, **OPTIONS)
     train(model, balancing, shared=True)
-    assert balancing.branch_names == ("image", "audio")
+    assert balancing.names == ("image", "audio")
     assert balancing.log.decision.max() >= 0
     assert torch.equal(balancing.log.rebalanced, single.log.rebalanced)
     torch.testing.assert_close(balancing.log.speed, single.log.speed, rtol=1e-4, atol=1e-4)
@@ -137,8 +137,8 @@ def check_ranks_with_other_gradients_decide_alike(folder: Path) -> None:
 
 def check_greedy_balancing_in_sync_names_what_differs(folder: Path) -> None:
     for attribute, value, what in [
-        ("epsilon", 0.5, "hash of warmup_steps, epsilon and window"),
-        ("branch_names", ("a", "b"), "hash of the branches' names"),
+        ("epsilon", 0.5, "hash of warmup_steps and epsilon and window"),
+        ("names", ("a", "b"), "hash of the names"),
         ("enabled", False, r"enabled \[1, 0\]"),
         ("_remaining", torch.tensor([2]), r"steps left of the window \[0, 2\]"),
         ("_branch", torch.tensor([1]), r"branch of the window, from 1 \[0, 2\]"),
@@ -178,7 +178,7 @@ def check_greedy_balancing_joins_at_its_first_step(folder: Path) -> None:
     with uninitialized():
         late = ConditionalLearningSpeed.from_model(net)
         balancing = GreedyBalancing(net, warmup_steps=rank)
-    with pytest.raises(RuntimeError, match="hash of warmup_steps, epsilon and window"):
+    with pytest.raises(RuntimeError, match="hash of warmup_steps and epsilon and window"):
         balancing.check_in_sync()
     early = ConditionalLearningSpeed.from_model(net)
     backward(net, batch_of(dist.get_rank()))

@@ -101,7 +101,9 @@ def test_resumes_where_it_stopped(
     checkpoint = torch.load(tmp_path / "last.pt")
     assert checkpoint["epochs"] == 3
     # Two steps in each epoch, none that counts in the one without modulation.
-    assert checkpoint["balancer"] == {"seed": 0, "step": 4, "enabled": False}
+    assert checkpoint["balancer"] == {
+        "names": ["audio", "visual"], "seed": 0, "step": 4, "enabled": False,
+    }  # fmt: skip
 
 
 def test_ends_with_an_exit_code(

@@ -89,9 +89,9 @@ def test_framework(framework: str, tmp_path: Path) -> None:
     assert plot.stat().st_size > 10_000
     if framework == "lightning":
         (metrics,) = (tmp_path / "runs").rglob("metrics.csv")
-        assert "modulation/ratio/gray" in metrics.read_text()
+        assert "balance/ratios/gray" in metrics.read_text()
     else:
-        assert "'modulation/ratio/gray':" in output.stdout
+        assert "'balance/ratios/gray':" in output.stdout
 
 
 def test_audio_visual(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_recipe_saves_and_loads_the_balancer(tmp_path: Path) -> None:
     names = recipes.run_accelerate(batch_size=16)
     names["accelerator"].save_state(str(tmp_path))
     saved = names["balancer"].state_dict()
-    names["balancer"].load_state_dict({"seed": 9, "step": 0, "enabled": False})
+    names["balancer"].load_state_dict({**saved, "seed": 9, "step": 0, "enabled": False})
     names["accelerator"].load_state(str(tmp_path))
     assert names["balancer"].state_dict() == saved
 

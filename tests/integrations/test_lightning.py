@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from mmbal_fast.integrations.lightning import OGMGECallback
+from mmbal_fast.integrations.lightning import BalancingCallback
 from tests.host_reads import host_reads
 from tests.integrations import training
 from tests.integrations.training import Digits, Net
@@ -64,7 +64,7 @@ class Sink(Logger):
 
 def fit(
     module: LightningModule,
-    callback: OGMGECallback,
+    callback: BalancingCallback,
     *,
     resume: Path | None = None,
     validate: bool = False,
@@ -96,7 +96,7 @@ def fit(
     ids=["plain", "accumulation", "clipping"],
 )
 def test_trains_as_the_plain_loop(options: dict[str, Any], plain: dict[str, Any]) -> None:
-    module, callback = Module(), OGMGECallback()
+    module, callback = Module(), BalancingCallback()
     fit(module, callback, validate=True, **options)
     net = Net()
     history = training.train_plainly(net, **plain)
@@ -105,7 +105,7 @@ def test_trains_as_the_plain_loop(options: dict[str, Any], plain: dict[str, Any]
 
 
 def test_forgets_what_was_observed_before_training() -> None:
-    module, callback = Module(), OGMGECallback()
+    module, callback = Module(), BalancingCallback()
     module.net(**Digits()[torch.arange(9)])  # by hand, to see that it runs
     fit(module, callback, validate=True)
     net = Net()
@@ -115,11 +115,11 @@ def test_forgets_what_was_observed_before_training() -> None:
 
 def test_modulates_at_all() -> None:
     # The tests against the plain loop would pass with a balancer that does nothing.
-    module, callback = Module(), OGMGECallback()
+    module, callback = Module(), BalancingCallback()
     fit(module, callback)
     assert callback.history is not None
     table = callback.history.to_dict()
-    assert min(table["coefficient/gray"] + table["coefficient/color"]) < 1
+    assert min(table["coefficients/gray"] + table["coefficients/color"]) < 1
     plain = Net(alpha=0.0)
     plain.balancer.noise = 0.0
     training.train_plainly(plain)
@@ -127,11 +127,11 @@ def test_modulates_at_all() -> None:
 
 
 def test_resumes_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
-    straight, callback = Module(), OGMGECallback()
+    straight, callback = Module(), BalancingCallback()
     fit(straight, callback, max_epochs=2)
-    first = fit(Module(), OGMGECallback(), max_epochs=1)
+    first = fit(Module(), BalancingCallback(), max_epochs=1)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, again = Module(), OGMGECallback()
+    resumed, again = Module(), BalancingCallback()
     fit(resumed, again, max_epochs=2, resume=tmp_path / "half.ckpt")
     assert torch.equal(training.parameters(resumed), training.parameters(straight))
     assert again.history is not None
@@ -140,7 +140,7 @@ def test_resumes_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_goes_on_where_it_was_in_a_second_fit() -> None:
-    module, callback = Module(), OGMGECallback()
+    module, callback = Module(), BalancingCallback()
     fit(module, callback)
     fit(module, callback)
     assert module.balancer.state_dict()["step"] == 16
@@ -149,22 +149,22 @@ def test_goes_on_where_it_was_in_a_second_fit() -> None:
 
 
 def test_logs_at_the_trainers_interval() -> None:
-    sink, callback = Sink(), OGMGECallback()
+    sink, callback = Sink(), BalancingCallback()
     fit(Module(), callback, logger=sink, log_every_n_steps=3)
     assert callback.history is not None
     table = callback.history.to_dict()
-    logged = {step: row for step, row in sink.rows.items() if "modulation/ratio/gray" in row}
+    logged = {step: row for step, row in sink.rows.items() if "balance/ratios/gray" in row}
     assert list(logged) == [2, 5]
     for step, row in logged.items():
         for name, column in table.items():
             if name != "step":
-                assert row[f"modulation/{name}"] == column[step]
+                assert row[f"balance/{name}"] == column[step]
 
 
 def test_reads_the_device_only_to_log() -> None:
     counts = []
 
-    class Counting(OGMGECallback):
+    class Counting(BalancingCallback):
         def on_before_optimizer_step(self, *args: Any) -> None:
             with host_reads() as found:
                 super().on_before_optimizer_step(*args)
@@ -175,7 +175,7 @@ def test_reads_the_device_only_to_log() -> None:
 
 
 def test_modulates_in_the_first_epochs_only() -> None:
-    callback = OGMGECallback(epochs=1)
+    callback = BalancingCallback(epochs=1)
     fit(Module(), callback, max_epochs=2)
     coefficients = training.table(callback.history)[:, 5:]
     assert coefficients.shape[0] == 16
@@ -186,7 +186,7 @@ def test_modulates_in_the_first_epochs_only() -> None:
 def test_leaves_out_steps_that_the_scaler_skips() -> None:
     # The first scale overflows float16, and halves until it does not.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-14)  # type: ignore[attr-defined]
-    module, callback = Module(), OGMGECallback()
+    module, callback = Module(), BalancingCallback()
     before = []
 
     class Watch(Callback):
@@ -224,7 +224,7 @@ def test_steps_once_for_several_optimizers() -> None:
         def configure_optimizers(self) -> Any:
             return [training.sgd(each) for each in (self.net.encoders, self.net.head)]
 
-    module, callback = Manual(), OGMGECallback()
+    module, callback = Manual(), BalancingCallback()
     fit(module, callback)
     net = Net()
     training.train_plainly(net)
@@ -236,14 +236,14 @@ def test_leaves_out_a_batch_that_the_module_leaves_out() -> None:
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor | None:  # type: ignore[override]
             return None if index == 3 else super().training_step(batch, index)
 
-    module, callback = Choosy(), OGMGECallback()
+    module, callback = Choosy(), BalancingCallback()
     fit(module, callback)
     assert module.balancer.state_dict()["step"] == 7
 
 
 def test_refuses_a_module_without_balancer() -> None:
-    with pytest.raises(TypeError, match=r"must hold its OGMGE as 'balance' .*got a Module"):
-        fit(Module(), OGMGECallback("balance"))
+    with pytest.raises(TypeError, match=r"must hold its method as 'balance' .*got a Module"):
+        fit(Module(), BalancingCallback("balance"))
 
 
 def test_refuses_a_module_that_never_observes() -> None:
@@ -254,12 +254,12 @@ def test_refuses_a_module_that_never_observes() -> None:
             return loss
 
     with pytest.raises(RuntimeError, match=r"needs scores, from observe\(\)"):
-        fit(Silent(), OGMGECallback())
+        fit(Silent(), BalancingCallback())
 
 
 def test_refuses_a_module_that_observes_in_validation() -> None:
     with pytest.raises(RuntimeError, match=r"observe must be called in training only"):
-        fit(Module(observes_in_evaluation=True), OGMGECallback(), validate=True)
+        fit(Module(observes_in_evaluation=True), BalancingCallback(), validate=True)
 
 
 def test_refuses_what_the_strategy_flattened() -> None:
@@ -267,4 +267,4 @@ def test_refuses_what_the_strategy_flattened() -> None:
     weight = next(module.net.encoders.parameters())
     weight._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 does
     with pytest.raises(TypeError, match="must not be flattened by FullyShardedDataParallel"):
-        fit(module, OGMGECallback())
+        fit(module, BalancingCallback())

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from mmbal_fast.integrations.transformers import OGMGECallback
+from mmbal_fast.integrations.transformers import BalancingCallback
 from tests.host_reads import host_reads
 from tests.integrations import training
 from tests.integrations.training import Digits, Net
@@ -75,7 +75,7 @@ def make_trainer(net: nn.Module, folder: Path, *callbacks: Any, **options: Any) 
 def test_trains_as_the_plain_loop(
     tmp_path: Path, options: dict[str, Any], plain: dict[str, Any]
 ) -> None:
-    net, callback = Net(), OGMGECallback()
+    net, callback = Net(), BalancingCallback()
     make_trainer(net, tmp_path, callback, **options).train()
     expected = Net()
     history = training.train_plainly(expected, **plain)
@@ -84,7 +84,7 @@ def test_trains_as_the_plain_loop(
 
 
 def test_modulates_at_all(tmp_path: Path) -> None:
-    net, callback = Net(), OGMGECallback()
+    net, callback = Net(), BalancingCallback()
     make_trainer(net, tmp_path, callback).train()
     assert training.table(callback.history)[:, 5:].min() < 1
     plain = Net(alpha=0.0)
@@ -100,9 +100,9 @@ def test_resumes_from_a_checkpoint_bit_by_bit(tmp_path: Path, by_transformers: b
         "save_strategy": "epoch",
         "restore_callback_states_from_checkpoint": by_transformers,
     }
-    straight, callback = Net(), OGMGECallback()
+    straight, callback = Net(), BalancingCallback()
     make_trainer(straight, tmp_path, callback, **options).train()
-    resumed, again = Net(), OGMGECallback()
+    resumed, again = Net(), BalancingCallback()
     trainer = make_trainer(resumed, tmp_path, again, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert resumed.balancer.state_dict() == straight.balancer.state_dict()
@@ -118,17 +118,17 @@ def test_resumes_from_a_checkpoint_without_the_callback(tmp_path: Path) -> None:
     net = Net()
     net(**Digits()[torch.arange(9)])  # by hand, to see that it runs: forgotten
     trainer = make_trainer(
-        net, tmp_path, OGMGECallback(), save_strategy="epoch", num_train_epochs=2
+        net, tmp_path, BalancingCallback(), save_strategy="epoch", num_train_epochs=2
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     saved = json.loads((tmp_path / "checkpoint-16" / "trainer_state.json").read_text())
-    state = saved["stateful_callbacks"]["OGMGECallback"]["attributes"]["_saved"]
+    state = saved["stateful_callbacks"]["BalancingCallback"]["attributes"]["_saved"]
     assert state == net.balancer.state_dict()
     assert state["step"] == 8
 
 
 def test_logs_with_the_trainer(tmp_path: Path) -> None:
-    net, callback, reporter = Net(), OGMGECallback(), Reporter()
+    net, callback, reporter = Net(), BalancingCallback(), Reporter()
     trainer = make_trainer(net, tmp_path, reporter, logging_steps=3, eval_strategy="epoch")
     callback.add_to(trainer)
     trainer.train()
@@ -139,17 +139,17 @@ def test_logs_with_the_trainer(tmp_path: Path) -> None:
     assert list(history) == list(reported) == [3, 6]
     for rows in (history, reported):
         for step, row in rows.items():
-            assert row["modulation/ratio/gray"] == table["ratio/gray"][step - 1]
-            assert row["modulation/coefficient/color"] == table["coefficient/color"][step - 1]
+            assert row["balance/ratios/gray"] == table["ratios/gray"][step - 1]
+            assert row["balance/coefficients/color"] == table["coefficients/color"][step - 1]
     other = [row for row in trainer.state.log_history if "loss" not in row]
     assert other
-    assert not any("modulation/ratio/gray" in row for row in other)
+    assert not any("balance/ratios/gray" in row for row in other)
 
 
 def test_reads_the_device_only_to_log(tmp_path: Path) -> None:
     counts = []
 
-    class OGMGECallbackThatCounts(OGMGECallback):
+    class BalancingCallbackThatCounts(BalancingCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             with host_reads() as found:
                 super().on_step_begin(*args, **kwargs)
@@ -165,12 +165,12 @@ def test_reads_the_device_only_to_log(tmp_path: Path) -> None:
                 super().on_log(*args, **kwargs)
             counts.append(len(found))
 
-    make_trainer(Net(), tmp_path, OGMGECallbackThatCounts(), logging_steps=4).train()
+    make_trainer(Net(), tmp_path, BalancingCallbackThatCounts(), logging_steps=4).train()
     assert [count > 0 for count in counts] == ([False] * 8 + [True]) * 2 + [False]
 
 
 def test_modulates_in_the_first_epochs_only(tmp_path: Path) -> None:
-    callback = OGMGECallback(epochs=1)
+    callback = BalancingCallback(epochs=1)
     make_trainer(Net(), tmp_path, callback, num_train_epochs=2).train()
     coefficients = training.table(callback.history)[:, 5:]
     assert coefficients.shape[0] == 16
@@ -179,8 +179,8 @@ def test_modulates_in_the_first_epochs_only(tmp_path: Path) -> None:
 
 
 def test_refuses_a_model_without_balancer(tmp_path: Path) -> None:
-    trainer = make_trainer(Net(), tmp_path, OGMGECallback("balance"))
-    with pytest.raises(TypeError, match=r"must hold its OGMGE as 'balance' .*got a Net"):
+    trainer = make_trainer(Net(), tmp_path, BalancingCallback("balance"))
+    with pytest.raises(TypeError, match=r"must hold its method as 'balance' .*got a Net"):
         trainer.train()
 
 
@@ -193,20 +193,20 @@ def test_refuses_a_model_that_never_observes(tmp_path: Path) -> None:
             return out
 
     with pytest.raises(RuntimeError, match=r"needs scores, from observe\(\)"):
-        make_trainer(Silent(), tmp_path, OGMGECallback()).train()
+        make_trainer(Silent(), tmp_path, BalancingCallback()).train()
 
 
 def test_refuses_a_model_that_observes_in_evaluation(tmp_path: Path) -> None:
     net = Net(observes_in_evaluation=True)
     options = {"num_train_epochs": 2, "eval_strategy": "epoch"}
     with pytest.raises(RuntimeError, match="observe must be called in training only"):
-        make_trainer(net, tmp_path, OGMGECallback(), **options).train()
+        make_trainer(net, tmp_path, BalancingCallback(), **options).train()
 
 
 def test_refuses_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.NOT_DISTRIBUTED)
     with pytest.raises(TypeError, match=r"must not run in nn\.DataParallel; start .* torchrun"):
-        make_trainer(Net(), tmp_path, OGMGECallback()).train()
+        make_trainer(Net(), tmp_path, BalancingCallback()).train()
 
 
 def test_refuses_what_was_flattened(tmp_path: Path) -> None:
@@ -214,4 +214,4 @@ def test_refuses_what_was_flattened(tmp_path: Path) -> None:
     weight = next(net.encoders.parameters())
     weight._fsdp_flattened = True  # type: ignore[attr-defined]  # as FSDP1 does
     with pytest.raises(TypeError, match="must not be flattened by FullyShardedDataParallel"):
-        make_trainer(net, tmp_path, OGMGECallback()).train()
+        make_trainer(net, tmp_path, BalancingCallback()).train()

@@ -73,10 +73,10 @@ def train_plainly(
     clip_before: float | None = None,
     clip_after: float | None = None,
     samples: int = 256,
-) -> mmbal_fast.ModulationHistory:
+) -> mmbal_fast.History:
     """What the frameworks do, written out."""
     optimizer = sgd(net)
-    history = mmbal_fast.ModulationHistory(net.balancer.modality_names)
+    history = mmbal_fast.History(net.balancer.names)
     loader = DataLoader(Subset(Digits(), range(samples)), batch)
     for _ in range(epochs):
         batches = iter(loader)
@@ -99,7 +99,7 @@ def parameters(net: nn.Module) -> Tensor:
     return torch.cat([each.detach().flatten() for each in net.parameters()])
 
 
-def table(history: mmbal_fast.ModulationHistory | None) -> Tensor:
+def table(history: mmbal_fast.History | None) -> Tensor:
     """float64 ``[steps, 7]``."""
     assert history is not None
     return torch.tensor(list(history.to_dict().values()), dtype=torch.float64).t()

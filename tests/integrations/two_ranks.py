@@ -20,10 +20,10 @@ def train_lightning(folder: Path) -> dict[str, Any]:
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader, DistributedSampler
 
-    from mmbal_fast.integrations.lightning import OGMGECallback
+    from mmbal_fast.integrations.lightning import BalancingCallback
     from tests.integrations.test_lightning import Module, Sink
 
-    module, callback, sink = Module(), OGMGECallback(), Sink()
+    module, callback, sink = Module(), BalancingCallback(), Sink()
     trainer = Trainer(
         max_epochs=1,
         accumulate_grad_batches=2,
@@ -46,15 +46,15 @@ def train_lightning(folder: Path) -> dict[str, Any]:
     return {
         "parameters": training.parameters(module.net),
         "table": training.table(callback.history),
-        "logged": [step for step, row in sink.rows.items() if "modulation/ratio/gray" in row],
+        "logged": [step for step, row in sink.rows.items() if "balance/ratios/gray" in row],
     }
 
 
 def train_transformers(folder: Path) -> dict[str, Any]:
-    from mmbal_fast.integrations.transformers import OGMGECallback
+    from mmbal_fast.integrations.transformers import BalancingCallback
     from tests.integrations.test_transformers import make_trainer
 
-    net, callback = training.Net(), OGMGECallback()
+    net, callback = training.Net(), BalancingCallback()
     trainer = make_trainer(
         net,
         folder,
@@ -68,7 +68,7 @@ def train_transformers(folder: Path) -> dict[str, Any]:
     return {
         "parameters": training.parameters(net),
         "table": training.table(callback.history),
-        "logged": [row["step"] - 1 for row in rows if "modulation/ratio/gray" in row],
+        "logged": [row["step"] - 1 for row in rows if "balance/ratios/gray" in row],
     }
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn import functional as F
 
-from mmbal_fast.methods import GradientBlending, HeadLosses, SuperEpoch
+from mmbal_fast import GradientBlending, SuperEpoch, WeightingRecord
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -172,7 +172,9 @@ def test_bad_records_are_refused() -> None:
     with pytest.raises(ValueError, match=r"samples must not be negative \(got -1\)"):
         blending.record("train", good, samples=-1)
     with pytest.raises(ValueError, match=r"has its own samples \(got 3 beside it\)"):
-        blending.record("train", HeadLosses(f64(*good), torch.tensor(3)), samples=3)
+        blending.record(
+            "train", WeightingRecord(f64(*good), f64(*good), torch.tensor(3)), samples=3
+        )
     with pytest.raises(ValueError, match=r"losses must be \[3\] \(got \[2\]\)"):
         blending.record("train", [1.0, 2.0], samples=1)
     with pytest.raises(ValueError, match=r"losses must name the heads .*\(got \['audio'\]\)"):
@@ -265,7 +267,7 @@ def test_weights_handed_out_are_a_copy() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 2 heads \(got \['fused'\]\)"):
+    with pytest.raises(ValueError, match=r"heads must be at least two \(got \['fused'\]\)"):
         GradientBlending(["fused"])
     with pytest.raises(ValueError, match=r"differ in name \(got \['a', 'b', 'a'\]\)"):
         GradientBlending(["a", "b", "a"])
@@ -273,10 +275,10 @@ def test_bad_arguments_are_refused() -> None:
         GradientBlending(HEADS, floor=0)
     with pytest.raises(ValueError, match=r"label_smoothing must be 0 to 1 \(got 2\)"):
         GradientBlending(HEADS, label_smoothing=2)
-    with pytest.raises(ValueError, match=r"weights must be \[3\].*\(got \[2\]\)"):
+    with pytest.raises(ValueError, match=r"weights must have shape \[3\] \(got \[2\]\)"):
         GradientBlending(HEADS, weights=[0.5, 0.5])
     for bad in ([0.0, 0.0, 0.0], [-0.1, 0.6, 0.5], [NAN, 0.5, 0.5], [math.inf, 0.5, 0.5]):
-        with pytest.raises(ValueError, match="finite and not negative"):
+        with pytest.raises(ValueError, match="weights must be finite"):
             GradientBlending(HEADS, weights=bad)
 
 
@@ -360,7 +362,7 @@ def test_resumes_from_a_distributed_checkpoint(tmp_path: Path) -> None:
 def test_state_of_other_heads_is_refused() -> None:
     blending = GradientBlending(["audio", "fused"])
     with pytest.raises(
-        ValueError, match=r"heads must be \['audio', 'fused'\] \(got \['audio', 'im"
+        ValueError, match=r"names must be \['audio', 'fused'\] \(got \['audio', 'im"
     ):
         blending.load_state_dict(GradientBlending(HEADS).state_dict())
 

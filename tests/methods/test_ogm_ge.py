@@ -26,7 +26,7 @@ from tests.host_reads import host_reads
 from tests.methods.published_loop import AudioVisual, published_step
 
 if TYPE_CHECKING:
-    from mmbal_fast.methods import ModulationRecord
+    from mmbal_fast import ModulationRecord
     from tests.conftest import Backend
 
 NAN = math.nan
@@ -358,7 +358,7 @@ def test_resumes_bit_for_bit(backend: Backend) -> None:
     optimizer = torch.optim.Adam(straight.parameters())
     run(straight, balancer, backend, range(3), optimizer)
     saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict(), balancer.state_dict()))
-    assert saved[2] == {"seed": 2**63 + 5, "step": 3, "enabled": True}
+    assert saved[2] == {"names": ["m0", "m1"], "seed": 2**63 + 5, "step": 3, "enabled": True}
     run(straight, balancer, backend, range(3, 6), optimizer)
 
     resumed = net_on(backend)
@@ -383,13 +383,15 @@ def test_state_dict_is_checked(backend: Backend) -> None:
     balancer = OGMGE(net_on(backend).encoders, alpha=0.7)
     with pytest.raises(
         ValueError,
-        match=r"^OGMGE.load_state_dict: state must have the keys enabled, seed, step \(got \['seed",
+        match=r"^OGMGE.load_state_dict: state must have the keys enabled, names, seed, step \(got",
     ):
         balancer.load_state_dict({"seed": 1})
-    with pytest.raises(ValueError, match=r"^OGMGE.load_state_dict: seed must fit 64 bits"):
-        balancer.load_state_dict({"seed": 2**64, "step": 1, "enabled": True})
-    balancer.load_state_dict({"seed": 1, "step": 2**40, "enabled": False})
-    assert balancer.state_dict() == {"seed": 1, "step": 2**40, "enabled": False}
+    names = {"names": ["m0", "m1"]}
+    with pytest.raises(ValueError, match=r"^OGMGE.load_state_dict: seed must be from 0 to "):
+        balancer.load_state_dict(names | {"seed": 2**64, "step": 1, "enabled": True})
+    later = names | {"seed": 1, "step": 2**40, "enabled": False}
+    balancer.load_state_dict(later)
+    assert balancer.state_dict() == later
     assert not balancer.enabled
 
 
@@ -455,7 +457,8 @@ def test_disabled(backend: Backend, rule: Any) -> None:
     assert record.coefficients.tolist() == [1.0, 1.0]
     assert record.scores.min() > 0
     assert record.ratios.max() > 1
-    assert balancer.state_dict() == {"seed": 0, "step": 0, "enabled": False}
+    state = balancer.state_dict()
+    assert (state["step"], state["enabled"]) == (0, False)
     balancer.enabled = True
     assert balancer.step(logits, target).coefficients.min() < 1
     assert balancer.state_dict()["step"] == 1
@@ -533,17 +536,17 @@ def test_select(backend: Backend) -> None:
         OGMGE(net.encoders, alpha=0.7, select=convolutions)
 
 
-def test_modality_names_keep_their_order(backend: Backend) -> None:
+def test_names_keep_their_order(backend: Backend) -> None:
     net = net_on(backend, 3)
     encoders = {name: net.encoders[name] for name in ("m2", "m0", "m1")}
     balancer = OGMGE(encoders, alpha=0.7)
-    assert balancer.modality_names == ("m2", "m0", "m1")
+    assert balancer.names == ("m2", "m0", "m1")
     x, target = batch(backend)
     logits = backward(net, x, target)
     scores = functional.contribution_scores([logits[name] for name in encoders], target)
     assert torch.equal(balancer.step(logits, target).scores, scores)
     assert repr(balancer) == (
-        "OGMGE(m2, m0, m1; 3 parameters, alpha=0.7, noise=1.0, rule='cvpr2022')"
+        "OGMGE(m2, m0, m1; 3 parameters, noise=1.0, alpha=0.7, rule='cvpr2022')"
     )
 
 
@@ -572,12 +575,24 @@ def test_frozen_and_unused_parameters_are_left_alone(backend: Backend) -> None:
     assert torch.equal(weight_grad(net, "m0"), stale)
 
 
-def test_no_gradient_at_all(backend: Backend) -> None:
+def test_a_step_before_backward_is_refused(backend: Backend) -> None:
     net, (x, target) = net_on(backend), batch(backend)
     with torch.no_grad():
         logits = net(x)
     balancer = OGMGE(net.encoders, alpha=0.7)
-    assert balancer.step(logits, target).coefficients.min() < 1
+    with pytest.raises(
+        RuntimeError,
+        match=r"^OGMGE.step: must come between backward and zero_grad \(got no gradient on 2 para",
+    ):
+        balancer.step(logits, target)
+    assert balancer.state_dict()["step"] == 0
+
+
+def test_wholly_frozen_encoders_have_no_gradient_to_miss(backend: Backend) -> None:
+    net, (x, target) = net_on(backend), batch(backend)
+    net.encoders.requires_grad_(False)
+    balancer = OGMGE(net.encoders, alpha=0.7)
+    assert balancer.step(backward(net, x, target), target).coefficients.min() < 1
     assert balancer.state_dict()["step"] == 1
 
 
@@ -646,7 +661,7 @@ def test_steps_leave_nothing_behind(native: Backend) -> None:
     logits = {name: each.detach() for name, each in backward(net, x, target).items()}
     balancer = OGMGE(net.encoders, alpha=0.7)
     grads = [p.grad for p in net.encoders.parameters() if p.grad is not None]
-    watched = [*grads, *logits.values(), target, balancer._state, balancer._counter]
+    watched = [*grads, *logits.values(), target, balancer._rows, balancer._counter]
 
     def steps(count: int) -> None:
         for _ in range(count):

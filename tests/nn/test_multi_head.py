@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmbal_fast.methods import OGMGE, GradientBlending
+from mmbal_fast import OGMGE, GradientBlending
 from mmbal_fast.nn import MultiHeadLateFusion
 
 
@@ -46,7 +46,7 @@ def test_all_parameters_learn_from_the_blended_loss() -> None:
 
 
 def test_encoders_fit_ogm_ge() -> None:
-    assert OGMGE(build().encoders, alpha=0.1).modality_names == ("image", "audio")
+    assert OGMGE(build().encoders, alpha=0.1).names == ("image", "audio")
 
 
 def test_order_of_the_inputs_does_not_matter() -> None:

@@ -1,7 +1,8 @@
-"""Scores, ratios and coefficients over a training, for loggers and plots."""
+"""What the steps of a method measured and applied over a training, for loggers and plots."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -10,13 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mmbal_fast.methods.ogm_ge import ModulationRecord
+from mmbal_fast.training.method import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-QUANTITIES = ("score", "ratio", "coefficient")
-"""What a record holds of each modality."""
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 """Of Okabe and Ito's palette, which people who see few colours can tell apart."""
@@ -39,34 +37,46 @@ class MappingLogger(Protocol):
         """Writes the numbers of one step."""
 
 
-def tags(names: Sequence[str]) -> list[str]:
+def tags(names: Sequence[str], quantities: Sequence[str]) -> list[str]:
     """What loggers call the numbers of a record, in the order of its stacked tensors.
 
     Example:
-        >>> from mmbal_fast.methods.history import tags
-        >>> tags(["audio"])
-        ['modulation/score/audio', 'modulation/ratio/audio', 'modulation/coefficient/audio']
+        >>> from mmbal_fast.training.history import tags
+        >>> tags(["audio"], ["scores", "ratios"])
+        ['balance/scores/audio', 'balance/ratios/audio']
     """
-    return [f"modulation/{quantity}/{name}" for quantity in QUANTITIES for name in names]
+    return [f"balance/{quantity}/{name}" for quantity in quantities for name in names]
 
 
-class ModulationHistory:
-    """Keeps what the steps of an `OGMGE` measured and applied, without ever waiting for the device.
+def values_of(record: Record, names: Sequence[str]) -> dict[str, float]:
+    """A record's numbers by their tags; none if it was skipped or its first is not finite.
+
+    Reads the host.
+    """
+    quantities = record.quantities(len(names))
+    rows = torch.stack([each.to(torch.float64) for each in quantities.values()])
+    if bool(getattr(record, "skipped", False)) or not bool(rows[0].isfinite().all()):
+        return {}
+    return dict(zip(tags(names, list(quantities)), rows.flatten().tolist(), strict=True))
+
+
+class History:
+    """Keeps what the steps of a `Method` measured and applied, without ever waiting for the device.
 
     Records are collected in a buffer on the device. When it is full it is copied to the host, on
-    CUDA into pinned memory and in the background; `record` then costs two small kernels and no
+    CUDA into pinned memory and in the background; `record` then costs a few small kernels and no
     synchronisation. What is read before the copy is there waits for it: `to_dict`, `plot`, `flush`.
 
-    Steps with scores that are not finite, and steps that a `torch.amp.GradScaler` skips, are left
-    out.
+    Every tensor ``[M]`` of the record is kept. Steps whose first tensor is not finite, and steps
+    that a `torch.amp.GradScaler` skips, are left out.
 
     Args:
-        names: the modalities, `OGMGE.modality_names`.
+        names: of the modalities, heads or branches: `Method.names`.
         every: steps between two copies; default 100. The writer gets the numbers of a step, with
             its number, up to twice as many steps later.
         writer: where to write every step: an object with ``add_scalar(tag, value, step)``, such as
             TensorBoard's ``SummaryWriter``, or with ``log(values, step=step)``; default nowhere.
-            The tags are ``modulation/score/<name>``, and so for ``ratio`` and ``coefficient``.
+            The tags are ``balance/scores/<name>``, and so for every field of the record.
 
     Raises:
         ValueError: no names, or ``every`` below 1.
@@ -77,16 +87,18 @@ class ModulationHistory:
         >>> from torch import nn
         >>> import mmbal_fast
         >>> encoders = nn.ModuleDict({"audio": nn.Linear(4, 3), "image": nn.Linear(4, 3)})
+        >>> for parameter in encoders.parameters():
+        ...     parameter.grad = torch.ones_like(parameter)
         >>> balancer = mmbal_fast.OGMGE(encoders, alpha=0.8)
-        >>> history = mmbal_fast.ModulationHistory(balancer.modality_names)
+        >>> history = mmbal_fast.History(balancer.names)
         >>> confident, unsure = torch.tensor([[9.0, 0.0, 0.0]]), torch.zeros(1, 3)
         >>> logits = {"audio": confident, "image": unsure}
         >>> for _ in range(3):
         ...     history.record(balancer.step(logits, torch.tensor([0])))
         >>> table = history.to_dict()
         >>> list(table)[:3]
-        ['step', 'score/audio', 'score/image']
-        >>> table["step"], [round(each, 2) for each in table["ratio/audio"]]
+        ['step', 'scores/audio', 'scores/image']
+        >>> table["step"], [round(each, 2) for each in table["ratios/audio"]]
         ([0, 1, 2], [3.0, 3.0, 3.0])
     """
 
@@ -99,9 +111,9 @@ class ModulationHistory:
     ) -> None:
         op = type(self).__name__
         self.names = tuple(names)
-        """The modalities, in the order of the records' entries."""
+        """Of the modalities, heads or branches, in the order of the records' entries."""
         if not self.names:
-            raise ValueError(f"{op}: names must hold a modality (got none)")
+            raise ValueError(f"{op}: names must hold at least one (got none)")
         if every < 1:
             raise ValueError(f"{op}: every must be at least 1 (got {every})")
         if not (writer is None or hasattr(writer, "add_scalar") or hasattr(writer, "log")):
@@ -110,37 +122,52 @@ class ModulationHistory:
             )
         self._every = every
         self._writer: Any = writer
-        self._buffer: Tensor | None = None  # [every, 3, M] on the records' device
+        self._kind: type[Record] | None = None
+        self._quantities: tuple[str, ...] = ()  # Q of them
+        self._buffer: Tensor | None = None  # [every, Q, M] on the records' device
         self._steps: list[int] = []  # of the rows in the buffer
         self._next = 0
         self._copies: list[_Copy] = []  # on their way to the host
         self._kept_steps: list[int] = []
-        self._kept: list[Tensor] = []  # each [n, 3, M] on the host, without rows to leave out
+        self._kept: list[Tensor] = []  # each [n, Q, M] on the host, without rows to leave out
 
     @torch.no_grad()
-    def record(self, record: ModulationRecord, step: int | None = None) -> None:
-        """Keeps a step. Call it after `OGMGE.step`, which returns the record.
+    def record(self, record: Record, step: int | None = None) -> None:
+        """Keeps a step. Call it with what the method's step returned, or with its `last`.
 
         Args:
-            record: each tensor ``[M]``; copied.
+            record: its tensors ``[M]`` are copied.
             step: its number on the plot's and the logger's axis; by default one more than that of
                 the call before, from 0.
 
         Raises:
-            ValueError: a record of another number of modalities.
+            ValueError: a record of another number of modalities, or of another kind than before.
         """
-        if record.scores.shape != (len(self.names),):
+        quantities = record.quantities(len(self.names))
+        if not quantities:
             raise ValueError(
-                f"ModulationHistory.record: record must have {len(self.names)} modalities "
-                f"(got shape {list(record.scores.shape)})"
+                f"History.record: record must have tensors of {len(self.names)} entries, one for "
+                f"each of {list(self.names)} (got {type(record).__name__} with none)"
             )
-        device = record.scores.device
+        if self._kind is None:
+            self._kind, self._quantities = type(record), tuple(quantities)
+        if (type(record), tuple(quantities)) != (self._kind, self._quantities):
+            raise ValueError(
+                f"History.record: records must be of one kind, {self._kind.__name__} with "
+                f"{', '.join(self._quantities)} (got {type(record).__name__} with "
+                f"{', '.join(quantities)})"
+            )
+        tensors = [*quantities.values()]
+        device = tensors[0].device
         if self._buffer is None or self._buffer.device != device:
             self._send()
-            self._buffer = torch.empty(self._every, 3, len(self.names), device=device)
+            dtype = max((each.dtype for each in tensors), key=lambda dtype: dtype.itemsize)
+            shape = self._every, len(tensors), len(self.names)
+            self._buffer = torch.empty(shape, dtype=dtype, device=device)
         row = self._buffer[len(self._steps)]
-        torch.stack((record.scores, record.ratios, record.coefficients), out=row)
-        row[0].masked_fill_(record.skipped, torch.nan)
+        torch.stack([each.to(row.dtype) for each in tensors], out=row)
+        if (skipped := getattr(record, "skipped", None)) is not None:
+            row[0].masked_fill_(skipped, torch.nan)
         self._steps.append(self._next if step is None else step)
         self._next = self._steps[-1] + 1
         if len(self._steps) == self._every:
@@ -158,17 +185,17 @@ class ModulationHistory:
         Waits for the device.
 
         Returns:
-            ``step``, and for each modality ``score/<name>``, ``ratio/<name>`` and
-            ``coefficient/<name>``; as many numbers in each.
+            ``step``, and for each quantity of the record and each name ``<quantity>/<name>``, such
+            as ``ratios/audio``; as many numbers in each.
         """
         self.flush()
-        columns = [f"{quantity}/{name}" for quantity in QUANTITIES for name in self.names]
+        columns = [f"{quantity}/{name}" for quantity in self._quantities for name in self.names]
         rows = self._rows().flatten(1)
         values = rows.t().tolist()
         return {"step": list(self._kept_steps), **dict(zip(columns, values, strict=True))}
 
     def plot(self, path: str | PathLike[str], *, window: int | None = None) -> None:
-        """Draws scores, ratios and coefficients over the steps. Needs matplotlib.
+        """Draws a panel for each quantity over the steps. Needs matplotlib.
 
         Waits for the device.
 
@@ -186,26 +213,30 @@ class ModulationHistory:
 
         self.flush()
         if not self._kept_steps:
-            raise ValueError("ModulationHistory.plot: needs a recorded step (got none)")
+            raise ValueError("History.plot: needs a recorded step (got none)")
         window = max(1, len(self._kept_steps) // 50) if window is None else window
         if window < 1:
-            raise ValueError(f"ModulationHistory.plot: window must be at least 1 (got {window})")
-        figure = Figure(figsize=(8, 7.5), dpi=150, layout="constrained")
-        panels = figure.subplots(3, 1, sharex=True)
-        for quantity, axes in enumerate(panels):
-            self._draw(axes, self._rows()[:, quantity], window)
-        scores, ratios, coefficients = panels
-        scores.set(title="Contribution", ylabel="score of the batch")
-        scores.set_ylim(bottom=0)
-        ratios.set(title="Discrepancy: above 1 dominates", ylabel="ratio", yscale="log")
-        ratios.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ratios.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ratios.yaxis.set_minor_formatter(NullFormatter())
-        ratios.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-        coefficients.set(title="What gradients are scaled by", ylabel="coefficient", xlabel="step")
-        coefficients.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-        coefficients.set_ylim(bottom=0)
-        handles, labels = scores.get_legend_handles_labels()
+            raise ValueError(f"History.plot: window must be at least 1 (got {window})")
+        assert self._kind is not None
+        metadata = {each.name: each.metadata for each in dataclasses.fields(self._kind)}
+        count = len(self._quantities)
+        figure = Figure(figsize=(8, 2.5 * count), dpi=150, layout="constrained")
+        panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+        for index, (axes, quantity) in enumerate(zip(panels, self._quantities, strict=True)):
+            self._draw(axes, self._rows()[:, index], window)
+            look = metadata[quantity]
+            axes.set(title=look.get("title", quantity), ylabel=look.get("label", quantity))
+            if look.get("log"):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            if "line" in look:
+                axes.axhline(look["line"], color="0.6", linewidth=0.8, zorder=0)
+            if "from" in look:
+                axes.set_ylim(bottom=look["from"])
+        panels[-1].set_xlabel("step")
+        handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(self.names))
         figure.savefig(path)
 
@@ -232,7 +263,9 @@ class ModulationHistory:
             self._kept.append(rows)
             if self._writer is not None:
                 for step, row in zip(steps, rows.flatten(1).tolist(), strict=True):
-                    self._write(dict(zip(tags(self.names), row, strict=True)), step)
+                    self._write(
+                        dict(zip(tags(self.names, self._quantities), row, strict=True)), step
+                    )
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
         if hasattr(self._writer, "add_scalar"):
@@ -242,8 +275,10 @@ class ModulationHistory:
             self._writer.log(dict(values), step=step)
 
     def _rows(self) -> Tensor:
-        """float32 ``[n, 3, M]``: all that is on the host."""
-        self._kept = [torch.cat([torch.empty(0, 3, len(self.names)), *self._kept])]
+        """``[n, Q, M]``: all that is on the host."""
+        if not self._kept:
+            return torch.empty(0, len(self._quantities), len(self.names), device="cpu")
+        self._kept = [torch.cat(self._kept)]
         return self._kept[0]
 
     def _draw(self, axes: Axes, values: Tensor, window: int) -> None:
@@ -274,7 +309,7 @@ class _Copy:
         if rows.device.type != "cuda":
             return _Copy(rows.to("cpu", copy=True), steps, None)
         # The allocator keeps pinned memory for the next copy: no system call after the first two.
-        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True, device="cpu")
         pinned.copy_(rows, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(rows.device))
@@ -294,7 +329,7 @@ def running_mean(values: Tensor, window: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from mmbal_fast.methods.history import running_mean
+        >>> from mmbal_fast.training.history import running_mean
         >>> running_mean(torch.tensor([1.0, 3.0, float("inf"), 5.0]), window=2)
         tensor([1., 2., 3., 5.])
     """

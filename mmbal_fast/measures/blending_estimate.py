@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blending_weights import check_floor
-from mmbal_fast.methods._snapshot import Snapshot, Stateful
-from mmbal_fast.methods.gradient_blending import as_losses, checked_heads
+from mmbal_fast.functional._blending import check_floor
 from mmbal_fast.reference._blending import FLOOR, increments
+from mmbal_fast.training.method import checked_names
+from mmbal_fast.training.snapshot import Snapshot, Stateful
+from mmbal_fast.training.weighting import as_losses
 
 Losses: TypeAlias = Mapping[str, Tensor | float] | Tensor | Sequence[float]
 
@@ -22,14 +23,14 @@ class BlendingEstimate(NamedTuple):
     """What `estimate_blending_weights` found; float64 ``[K]`` on the CPU. ``print`` shows a table.
 
     Attributes:
-        head_names: names of the heads.
+        names: names of the heads.
         generalization: ``dG``, by how much the validation loss of each head fell.
         overfitting: ``dO``, by how much its gap between validation and training loss grew.
         ratio: the overfitting-to-generalization ratio ``|dO / dG|``.
         weights: the weights to train with.
     """
 
-    head_names: tuple[str, ...]
+    names: tuple[str, ...]
     generalization: Tensor
     overfitting: Tensor
     ratio: Tensor
@@ -37,9 +38,9 @@ class BlendingEstimate(NamedTuple):
 
     def __str__(self) -> str:
         """A table with a row for each head."""
-        width = max(len("head"), *map(len, self.head_names))
+        width = max(len("head"), *map(len, self.names))
         lines = [f"{'head':{width}}" + "".join(f"{x:>9}" for x in ("dG", "dO", "OGR", "weight"))]
-        for k, name in enumerate(self.head_names):
+        for k, name in enumerate(self.names):
             values = (f"{each[k].item():9.4f}" for each in self[1:])
             lines.append(f"{name:{width}}" + "".join(values))
         return "\n".join(lines)
@@ -95,7 +96,7 @@ def estimate_blending_weights(
 
     Example:
         >>> import torch
-        >>> from mmbal_fast.methods import estimate_blending_weights
+        >>> from mmbal_fast import estimate_blending_weights
         >>> model = torch.nn.Linear(2, 1, bias=False)  # the weights stand in for two heads
         >>> torch.nn.init.ones_(model.weight)
         Parameter containing:
@@ -116,7 +117,7 @@ def estimate_blending_weights(
         tensor([[1., 1.]], requires_grad=True)
     """
     op = "estimate_blending_weights"
-    names = checked_heads(op, heads)
+    names = checked_names(op, "heads", heads)
     check_floor(op, floor)
     if epochs < 1:
         raise ValueError(f"{op}: epochs must be at least 1 (got {epochs})")

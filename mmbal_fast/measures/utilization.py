@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.methods._greedy_model import find_mmtms
+from mmbal_fast.measures._branches import find_mmtms
 from mmbal_fast.nn import MMTM
 
 Logits: TypeAlias = Mapping[str, Tensor] | Sequence[Tensor]
@@ -152,7 +152,7 @@ def conditional_utilization(
 
     Example:
         >>> import torch
-        >>> from mmbal_fast.methods import conditional_utilization
+        >>> from mmbal_fast import conditional_utilization
         >>> from mmbal_fast.nn import MMTM
         >>> model = MMTM([2, 2])  # each branch's two channels are its logits
         >>> for parameter in model.parameters():

@@ -30,6 +30,17 @@ def parameters_of(value: Parameters, rule: str) -> list[Tensor]:
     return list(found)
 
 
+def modules_of(values: Iterable[Parameters]) -> list[nn.Module]:
+    """The modules among what was given."""
+    found: list[nn.Module] = []
+    for value in values:
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif not isinstance(value, Tensor):
+            found += [entry for entry in value if isinstance(entry, nn.Module)]
+    return found
+
+
 def find_mmtms(model: nn.Module, op: str) -> list[MMTM]:
     """The MMTMs of a model, which must all join the same number of branches."""
     mmtms = [module for module in model.modules() if isinstance(module, MMTM)]

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.methods._distributed import hash_of, require_equal
-from mmbal_fast.methods._grad_scaler import as_optimizers, found_inf, unscale_
-from mmbal_fast.methods._greedy_model import Parameters, find_mmtms
-from mmbal_fast.methods._greedy_speed import ConditionalLearningSpeed
+from mmbal_fast.functional import _checks
+from mmbal_fast.measures import ConditionalLearningSpeed
+from mmbal_fast.measures._branches import Parameters, find_mmtms
+from mmbal_fast.training import Method, Record, Setting
+from mmbal_fast.training.amp import as_optimizers, found_inf, unscale_
+from mmbal_fast.training.method import integer, tensor
+from mmbal_fast.training.ranks import hash_of
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
+    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
 
-class GreedyRecord(NamedTuple):
-    """What one step of `GreedyBalancing` found and decided; tensors on the device.
+@dataclass(frozen=True)
+class GreedyRecord(Record):
+    """What one step of `GreedyBalancing` found and decided; tensors on the device."""
 
-    Attributes:
-        speed: conditional learning speeds, float64 ``[M]``.
-        difference: each speed minus the mean of the others, float64 ``[M]``.
-        branch: int64 ``[]``, the branch whose gates the next step replaces, -1 for none.
-    """
-
-    speed: Tensor
-    difference: Tensor
+    speed: Tensor = field(
+        metadata={"title": "Conditional learning speed", "label": "log10 of the ratio"}
+    )
+    """float64 ``[M]``."""
+    difference: Tensor = field(
+        metadata={"title": "Each speed minus the mean of the others", "line": 0.0}
+    )
+    """float64 ``[M]``."""
     branch: Tensor
+    """int64 ``[]``, the branch whose gates the next step replaces, -1 for none."""
 
 
 class GreedyLog(NamedTuple):
@@ -50,7 +56,14 @@ class GreedyLog(NamedTuple):
     speed: Tensor
 
 
-class GreedyBalancing:
+def _at_least(low: int) -> Any:
+    def check(op: str, name: str, value: Any) -> int:
+        return integer(op, name, value, low, 2**62)
+
+    return Setting(check)
+
+
+class GreedyBalancing(Method):
     """Balanced multi-modal learning for a network of branches joined by MMTMs.
 
     Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep
@@ -86,11 +99,12 @@ class GreedyBalancing:
     Raises:
         ValueError: ``warmup_steps`` or ``epsilon`` negative or NaN, ``window`` or ``log_size``
             below 1; and what `ConditionalLearningSpeed.from_model` raises.
+        TypeError: a number of steps that is not whole.
 
     Example:
         >>> import torch
         >>> from torch.nn.functional import cross_entropy
-        >>> from mmbal_fast.methods import GreedyBalancing
+        >>> from mmbal_fast import GreedyBalancing
         >>> from mmbal_fast.nn import MMTM
         >>> class Net(torch.nn.Module):
         ...     def __init__(self):
@@ -116,6 +130,16 @@ class GreedyBalancing:
         tensor([1, 2, 3])
     """
 
+    last: GreedyRecord | None
+    warmup_steps = _at_least(0)
+    """Optimizer steps before the first decision."""
+    epsilon = Setting(_checks.number)
+    """Threshold on the difference of speeds."""
+    window = _at_least(1)
+    """Rebalancing steps in a window."""
+
+    _what = "branches"
+
     def __init__(
         self,
         model: nn.Module,
@@ -125,46 +149,32 @@ class GreedyBalancing:
         window: int = 5,
         branches: Mapping[str, Parameters] | None = None,
         log_size: int = 4096,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        """See the class."""
         op = "GreedyBalancing"
-        if not warmup_steps >= 0:
-            raise ValueError(f"{op}: warmup_steps must be at least 0 (got {warmup_steps})")
-        if not epsilon >= 0:
-            raise ValueError(f"{op}: epsilon must be at least 0 (got {epsilon})")
-        if not window >= 1:
-            raise ValueError(f"{op}: window must be at least 1 (got {window})")
-        if not log_size >= 1:
-            raise ValueError(f"{op}: log_size must be at least 1 (got {log_size})")
         self.warmup_steps = warmup_steps
         self.epsilon = epsilon
         self.window = window
+        log_size = integer(op, "log_size", log_size, 1, 2**40)
         self.learning_speed = ConditionalLearningSpeed.from_model(
             model, branches, process_group=process_group
         )
-        self.branch_names = self.learning_speed.branch_names
+        super().__init__(self.learning_speed.names, process_group=process_group)
+        self._model = model
         self._mmtms = find_mmtms(model, op)
         device = self.learning_speed.speed.device
-        count = len(self.branch_names)
-        self._numbers = torch.arange(count, device=device)
+        count = len(self.names)
+        self._numbers = torch.arange(count, dtype=torch.int64, device=device)
         # Each [1], to be joined to a row of the log.
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._remaining = torch.zeros_like(self._step)
         self._branch = torch.full_like(self._step, -1)
         # A ring with one row more than is remembered: the next step's, which holds nothing yet.
         self._log = torch.zeros(log_size + 1, 3 + count, dtype=torch.float64, device=device)
-        self._enabled = True
 
-    @property
-    def enabled(self) -> bool:
-        """Whether `step` does anything; set it to False to end balancing, an open window too."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = value
-        if not value:
+    def _enabled_changed(self) -> None:
+        """Ends an open window too."""
+        if not self.enabled:
             self._remaining.zero_()
             self._branch.fill_(-1)
             self._set_gates()
@@ -197,11 +207,13 @@ class GreedyBalancing:
         measure = self.learning_speed
         kept: Tensor | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
-            optimizers = as_optimizers("GreedyBalancing.step", optimizer)
+            optimizers = as_optimizers("GreedyBalancing.step", grad_scaler, optimizer)
             unscale_(grad_scaler, optimizers)
             kept = ~found_inf(grad_scaler, optimizers, self._step.device)
-        if not self._enabled:
-            return GreedyRecord(measure.speed, measure.difference, self._branch[0].clone())
+        if not self.enabled:
+            self.last = GreedyRecord(measure.speed, measure.difference, self._branch[0].clone())
+            return self.last
+        self._follow()
         regular = self._remaining == 0
         finite = measure.update(active=regular[0] if kept is None else regular[0] & kept)
         if kept is not None:
@@ -223,7 +235,8 @@ class GreedyBalancing:
         torch.maximum(self._branch, decision, out=self._branch)
         self._branch.masked_fill_(self._remaining == 0, -1)
         self._set_gates()
-        return GreedyRecord(speed, difference, self._branch[0].clone())
+        self.last = GreedyRecord(speed, difference, self._branch[0].clone())
+        return self.last
 
     @property
     def log(self) -> GreedyLog:
@@ -233,73 +246,60 @@ class GreedyBalancing:
         step, rebalanced, decision = rows[:, :3].to(torch.int64).unbind(1)
         return GreedyLog(step, rebalanced, decision, rows[:, 3:])
 
-    def check_in_sync(self) -> None:
-        """Raises if the ranks' settings, step numbers, learning speeds or windows differ.
-
-        For debugging: one all-gather of 56 bytes, read by the host. Does nothing on a single rank.
-
-        Raises:
-            RuntimeError: names what differs, with what each rank has.
-        """
-        measure = self.learning_speed
-        measure._join()
-        if measure._group is not None:
-            require_equal(
-                "GreedyBalancing.check_in_sync",
-                {
-                    "step": int(self._step),
-                    "enabled": int(self.enabled),
-                    "steps left of the window": int(self._remaining),
-                    "branch of the window, from 1": int(self._branch) + 1,
-                    "hash of warmup_steps, epsilon and window": hash_of(
-                        self.warmup_steps, self.epsilon, self.window
-                    ),
-                    "hash of the branches' names": hash_of(self.branch_names),
-                    "hash of the learning speeds": hash_of(measure._totals.tolist()),
-                },
-                measure._group,
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact resume needs besides the model: sums, counters, open window, log."""
+    def _in_sync(self) -> dict[str, int]:
         return {
-            **self.learning_speed.state_dict(),
+            "step": int(self._step),
+            "steps left of the window": int(self._remaining),
+            "branch of the window, from 1": int(self._branch) + 1,
+            "hash of the learning speeds": hash_of(self.learning_speed._totals.tolist()),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        """Sums, counters, the open window, and the log."""
+        return {
+            "totals": self.learning_speed._totals.clone(),
             "step": self._step.clone(),
             "remaining": self._remaining.clone(),
             "branch": self._branch.clone(),
             "log": self._log[self._remembered()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume, and set the gates of the model's MMTMs as they were.
-
-        Raises:
-            ValueError: the mapping has other keys, or is of other branches or of another
-                ``log_size``.
-        """
-        size = len(self._log) - 1
-        keys = {"branches", "totals", "step", "remaining", "branch", "log"}
-        if set(state) != keys:
-            raise ValueError(
-                f"GreedyBalancing.load_state_dict: state must have the keys {sorted(keys)} "
-                f"(got {sorted(state)})"
+    def _load(self, op: str, state: Mapping[str, Any]) -> None:
+        """Resumes, and sets the gates of the model's MMTMs as they were."""
+        read = {
+            name: tensor(op, name, state[name], like)
+            for name, like in (
+                ("step", self._step), ("remaining", self._remaining), ("branch", self._branch),
             )
-        if len(state["log"]) != size:
-            raise ValueError(
-                f"GreedyBalancing.load_state_dict: log must have log_size = {size} rows "
-                f"(got {len(state['log'])})"
-            )
-        self.learning_speed.load_state_dict(state)
-        self._step.copy_(state["step"])
-        self._remaining.copy_(state["remaining"])
-        self._branch.copy_(state["branch"])
-        self._log[self._remembered()] = state["log"].to(self._log)
+        }  # fmt: skip
+        integer(op, "step", read["step"], 0, 2**62)
+        integer(op, "remaining", read["remaining"], 0, 2**62)
+        integer(op, "branch", read["branch"], -1, len(self.names) - 1)
+        # Speeds are NaN until every branch has moved.
+        log = tensor(op, "log", state["log"], self._log[1:], finite=False)
+        self.learning_speed._load_totals(op, state["totals"])
+        self._step.copy_(read["step"])
+        self._remaining.copy_(read["remaining"])
+        self._branch.copy_(read["branch"])
+        self._log[self._remembered()] = log
         self._set_gates()
+
+    def _before_training(self) -> None:
+        self._follow()
+
+    def _before_optimizer(self, scaler: GradScaler | None, optimizer: Optimizer) -> Record | None:
+        return self.step(grad_scaler=scaler, optimizer=optimizer)
 
     def _remembered(self) -> Tensor:
         """The rows of the log, oldest first: all but the one that the next step writes."""
         size = len(self._log)
-        return (self._step + torch.arange(1, size, device=self._log.device)) % size
+        return (
+            self._step + torch.arange(1, size, dtype=torch.int64, device=self._log.device)
+        ) % size
+
+    def _follow(self) -> None:
+        if self.learning_speed._follow():
+            self._mmtms = find_mmtms(self._model, "GreedyBalancing")
 
     def _set_gates(self) -> None:
         gates = [mmtm.average_gate for mmtm in self._mmtms]

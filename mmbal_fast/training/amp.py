@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +13,41 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 
-def as_optimizers(op: str, optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers whose steps the scaler may skip.
+def as_optimizers(
+    op: str, scaler: GradScaler, optimizer: Optimizer | Iterable[Optimizer] | None
+) -> list[Optimizer]:
+    """The optimizers whose steps the scaler may skip, out of their wrappers.
+
+    A scaler knows optimizers by identity. Whether ``scaler.step`` will be given a wrapper, such as
+    Accelerate's, or by the wrapper what it wraps, is not known here: both get one state, so that
+    what was unscaled is not unscaled again.
 
     Raises:
         ValueError: there is none.
+        TypeError: something else than an optimizer.
     """
-    if isinstance(optimizer, Optimizer):
-        return [optimizer]
-    optimizers = [] if optimizer is None else list(optimizer)
-    if not optimizers:
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer)
+    given: list[Any] = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
+    if given in ([], [None]):
         raise ValueError(
             f"{op}: grad_scaler needs optimizer=, whose gradients it unscales (got {optimizer})"
         )
-    return optimizers
+    states = scaler._per_optimizer_states
+    innermost = []
+    for each in given:
+        chain = [each]
+        while isinstance(inner := getattr(chain[-1], "optimizer", None), Optimizer):
+            chain.append(inner)
+        if not isinstance(chain[-1], Optimizer):
+            raise TypeError(
+                f"{op}: optimizer must be a torch.optim.Optimizer, a wrapper that has one as "
+                f".optimizer, or several (got {type(each).__name__})"
+            )
+        known = next((other for other in chain if id(other) in states), chain[-1])
+        for other in chain:
+            states[id(other)] = states[id(known)]
+        innermost.append(chain[-1])
+    return innermost
 
 
 def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:

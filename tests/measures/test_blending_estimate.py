@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmbal_fast.methods import GradientBlending, estimate_blending_weights
+from mmbal_fast import GradientBlending, estimate_blending_weights
 from mmbal_fast.nn import MultiHeadLateFusion
 
 NAN = math.nan
@@ -59,7 +59,7 @@ def test_weights_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
         "image   0.5000   0.2000   0.4000   0.2000",
         "fused  -0.2000   0.8000   4.0000   0.0000",
     ]
-    blending = GradientBlending(estimate.head_names, weights=estimate.weights)
+    blending = GradientBlending(estimate.names, weights=estimate.weights)
     assert torch.equal(blending.weights, estimate.weights)
 
 
@@ -356,7 +356,7 @@ def test_bad_arguments_are_refused_before_anything_runs() -> None:
         with pytest.raises(ValueError, match=match):
             estimate_blending_weights(model, heads, never, never, **options)
 
-    refused(r"at least 2 heads \(got \['a'\]\)", ["a"], epochs=1)
+    refused(r"heads must be at least two \(got \['a'\]\)", ["a"], epochs=1)
     refused(r"differ in name \(got \['a', 'a'\]\)", ["a", "a"], epochs=1)
     refused(r"epochs must be at least 1 \(got 0\)", ["a", "b"], epochs=0)
     refused(r"floor must be a positive number \(got -1\)", ["a", "b"], epochs=1, floor=-1)

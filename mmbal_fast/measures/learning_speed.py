@@ -10,24 +10,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.functional._accumulate_speeds import accumulate_speeds_
-from mmbal_fast.functional._gradient_moments import moments_of
-from mmbal_fast.methods._distributed import (
-    is_distributed,
-    local_gradient,
-    refuse_flattened,
-    resolve_group,
-    shard_count,
-)
-from mmbal_fast.methods._greedy_model import (
+from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.functional._norms import accumulate_speeds_
+from mmbal_fast.measures._branches import (
     Parameters,
     find_mmtms,
     main_parameters,
+    modules_of,
     parameters_of,
+)
+from mmbal_fast.training.method import checked_names, tensor
+from mmbal_fast.training.parameters import Watch
+from mmbal_fast.training.ranks import Member
+from mmbal_fast.training.shards import (
+    is_distributed,
+    local_gradient,
+    refuse_flattened,
+    shard_count,
 )
 
 
-class ConditionalLearningSpeed:
+class ConditionalLearningSpeed(Member):
     """How fast each branch learns from the others, relative to learning from its own modality.
 
     Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep
@@ -65,7 +68,7 @@ class ConditionalLearningSpeed:
 
     Example:
         >>> import torch
-        >>> from mmbal_fast.methods import ConditionalLearningSpeed
+        >>> from mmbal_fast import ConditionalLearningSpeed
         >>> theta = {name: torch.nn.Parameter(torch.ones(2)) for name in "abcd"}
         >>> speed = ConditionalLearningSpeed(
         ...     main={"image": theta["a"], "audio": theta["b"]},
@@ -80,6 +83,8 @@ class ConditionalLearningSpeed:
         tensor([ 2., -2.], dtype=torch.float64)
     """
 
+    _branches: Mapping[str, Parameters] | None = None
+
     def __init__(
         self,
         *,
@@ -87,17 +92,45 @@ class ConditionalLearningSpeed:
         bypass: Mapping[str, Parameters],
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """See the class."""
+        super().__init__(process_group)
         op = "ConditionalLearningSpeed"
-        self.branch_names = tuple(main)
-        if len(main) < 2:
-            raise ValueError(f"{op}: main must name at least two branches (got {list(main)})")
+        self.names = checked_names(op, "main", main)
+        """Of the branches, in the order of every ``[M]``."""
         if set(main) != set(bypass):
             raise ValueError(
                 f"{op}: bypass must name the branches of main, {list(main)} (got {list(bypass)})"
             )
-        labels = [f"{kind}[{name!r}]" for kind in ("bypass", "main") for name in main]
+        self._model: nn.Module | None = None
+        self._given = _listed(main), _listed(bypass)
+        self._look()
+        self._join()
+        self._count_shares()
+        count = len(self.names)
+        device = self._parameters[0].device
+        contrast = torch.full((count, count), -1.0 / (count - 1), dtype=torch.float64, device="cpu")
+        self._contrast = contrast.fill_diagonal_(1.0).to(device)
+        self._totals = torch.zeros(2, count, dtype=torch.float64, device=device)
+        weights = _squared_norm(self._measure([None] * len(self._parameters))[0])
+        # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
+        norms = torch.where(self._membership > 0, self._membership * weights, 0.0).sum(1)
+        for label, norm in zip(self._labels(), norms.tolist(), strict=True):
+            if not (math.isfinite(norm) and norm > 0):
+                raise ValueError(
+                    f"{op}: the weights of {label} must have a squared norm that is finite and "
+                    f"above 0 (got {norm})"
+                )
+
+    def _labels(self) -> list[str]:
+        return [f"{kind}[{name!r}]" for kind in ("bypass", "main") for name in self.names]
+
+    def _look(self) -> None:
+        """Finds the parameters of each group where the modules hold them now."""
+        op = "ConditionalLearningSpeed"
+        main, bypass = self._given
+        if self._model is not None:
+            main, bypass = _groups(self._model, self._branches, op)
         values = [*(bypass[name] for name in main), *main.values()]
+        labels = self._labels()
         groups = {
             label: parameters_of(value, f"{op}: {label}")
             for label, value in zip(labels, values, strict=True)
@@ -116,33 +149,26 @@ class ConditionalLearningSpeed:
                         f"(got {list(parameter.shape)} in {labels[rows[0]]} and {label})"
                     )
                 rows.append(row)
-        self.process_group = process_group
-        """The group given, or None for all ranks."""
-        self._group: dist.ProcessGroup | None = None  # with other ranks in it
         self._parameters = list(members)
         self._sharded = any(map(is_distributed, members))
-        membership = torch.zeros(len(labels), len(members), dtype=torch.float64)
+        device = self._parameters[0].device
+        membership = torch.zeros(len(labels), len(members), dtype=torch.float64, device="cpu")
         for column, rows in enumerate(members.values()):
             membership[rows, column] = 1.0
-        device = self._parameters[0].device
-        self._membership = membership.to(device)
-        self._join()
-        count = len(main)
-        contrast = torch.full((count, count), -1.0 / (count - 1), dtype=torch.float64)
-        self._contrast = contrast.fill_diagonal_(1.0).to(device)
-        self._totals = torch.zeros(2, count, dtype=torch.float64, device=device)
+        self._whole_membership = membership.to(device)
         # Kept, so that a step allocates nothing. Rows of None and of empty tensors stay zero.
         self._moments = torch.zeros(2, len(members), 3, dtype=torch.float64, device=device)
         self._missing = [True] * len(members)  # gradients
-        weights = _squared_norm(self._measure([None] * len(members))[0])
-        # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
-        norms = torch.where(self._membership > 0, self._membership * weights, 0.0).sum(1)
-        for label, norm in zip(labels, norms.tolist(), strict=True):
-            if not (math.isfinite(norm) and norm > 0):
-                raise ValueError(
-                    f"{op}: the weights of {label} must have a squared norm that is finite and "
-                    f"above 0 (got {norm})"
-                )
+        trees = modules_of([self._model] if self._model is not None else values)
+        self._watch: Watch | None = Watch(trees)
+
+    def _follow(self) -> bool:
+        """Looks again if a module holds other parameters than before; whether it did."""
+        changed = self._watch is None or self._watch.changed()
+        if changed:
+            self._look()
+            self._count_shares()
+        return changed
 
     @classmethod
     def from_model(
@@ -172,23 +198,22 @@ class ConditionalLearningSpeed:
 
         Example:
             >>> import torch
-            >>> from mmbal_fast.methods import ConditionalLearningSpeed
+            >>> from mmbal_fast import ConditionalLearningSpeed
             >>> from mmbal_fast.nn import MMTM
             >>> model = torch.nn.ModuleDict({
             ...     "image": torch.nn.Linear(8, 4), "audio": torch.nn.Linear(5, 4),
             ...     "mmtm": MMTM([4, 4]),
             ... })
-            >>> ConditionalLearningSpeed.from_model(model).branch_names
+            >>> ConditionalLearningSpeed.from_model(model).names
             ('image', 'audio')
         """
         op = "ConditionalLearningSpeed.from_model"
-        mmtms = find_mmtms(model, op)
-        main = main_parameters(model, mmtms, branches, op)
-        bypass = {
-            name: [parameter for mmtm in mmtms for parameter in mmtm.bypass_parameters(m)]
-            for m, name in enumerate(main)
-        }
-        return cls(main=main, bypass=bypass, process_group=process_group)
+        branches = None if branches is None else _listed(branches)
+        main, bypass = _groups(model, branches, op)
+        speed = cls(main=main, bypass=bypass, process_group=process_group)
+        speed._model, speed._branches = model, branches
+        speed._watch = Watch(modules_of([model]))
+        return speed
 
     @torch.no_grad()
     def update(self, *, active: Tensor | None = None) -> Tensor:
@@ -206,6 +231,7 @@ class ConditionalLearningSpeed:
                 with gradients of 0, since the others wait for it.
         """
         self._join()
+        self._follow()
         if self._sharded:
             gradients = [local_gradient(each) for each in self._parameters]
         else:  # a frozen parameter may hold an old gradient
@@ -213,8 +239,7 @@ class ConditionalLearningSpeed:
         missing = [gradient is None for gradient in gradients]
         if self._group is None and all(missing):
             raise RuntimeError(
-                "ConditionalLearningSpeed.update: call it between backward and zero_grad, and make "
-                "it after what replaces parameters, as fully_shard does "
+                "ConditionalLearningSpeed.update: must come between backward and zero_grad "
                 f"(got no gradient on {len(gradients)} parameters)"
             )
         if missing != self._missing:  # rows of what is gone
@@ -246,32 +271,48 @@ class ConditionalLearningSpeed:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: the names of the branches and the sums of ``mu``."""
-        return {"branches": list(self.branch_names), "totals": self._totals.clone()}
+        return {"names": list(self.names), "totals": self._totals.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume; the branches must be those of the saved state.
 
         Raises:
-            ValueError: the state is of other branches.
+            ValueError: other keys, other branches, or sums that no state has. Nothing changes then.
+            TypeError: sums that are no numbers. Nothing changes then.
         """
-        if list(state["branches"]) != list(self.branch_names):
+        op = "ConditionalLearningSpeed.load_state_dict"
+        if set(state_dict) != {"names", "totals"}:
             raise ValueError(
-                f"ConditionalLearningSpeed.load_state_dict: branches must be "
-                f"{list(self.branch_names)} (got {list(state['branches'])})"
+                f"{op}: state must have the keys names, totals (got {sorted(state_dict)})"
             )
-        self._totals.copy_(state["totals"])
+        if list(state_dict["names"]) != list(self.names):
+            raise ValueError(
+                f"{op}: names must be {list(self.names)} (got {list(state_dict['names'])})"
+            )
+        self._load_totals(op, state_dict["totals"])
 
-    def _join(self) -> None:
-        """Finds the other ranks, if there are any by now, and what each counts of a parameter."""
-        if self._group is not None:
-            return
-        self._group = resolve_group(self.process_group)
+    def _load_totals(self, op: str, totals: Any) -> None:
+        values = tensor(op, "totals", totals, self._totals)
+        if bool((values < 0).any()):
+            raise ValueError(f"{op}: totals must not be negative (got {values.tolist()})")
+        self._totals.copy_(values)
+
+    def _joined(self, group: dist.ProcessGroup) -> None:
+        self._count_shares()
+
+    def _count_shares(self) -> None:
+        """What this rank counts of each parameter's squared norm, as the ranks sum theirs."""
         for parameter in self._parameters if self._sharded else ():
             self._require_all_shards(parameter)
+        self._membership = self._whole_membership
         if self._group is not None:
             size = self._group.size()
             shares = [shard_count(parameter) / size for parameter in self._parameters]
-            self._membership *= self._membership.new_tensor(shares)
+            self._membership = self._whole_membership * self._membership.new_tensor(shares)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what names parameters: the copy's modules hold others."""
+        return super().__getstate__() | {"_watch": None}
 
     def _require_all_shards(self, parameter: Any) -> None:
         if shard_count(parameter) == 1:
@@ -291,12 +332,33 @@ class ConditionalLearningSpeed:
         weights: list[Any] = self._parameters
         if self._sharded:
             weights = [each.to_local() if is_distributed(each) else each for each in weights]
-        moments = moments_of([*weights, *gradients], out=self._moments.view(-1, 3))
+        moments = gradient_moments_eager([*weights, *gradients], out=self._moments.view(-1, 3))
         if self._group is not None:
             norms = _squared_norm(moments)
             dist.all_reduce(norms, group=self._group)
             moments = torch.nn.functional.pad(norms.unsqueeze(1), (2, 0))  # rows (0, 0, norm)
         return moments.view_as(self._moments)
+
+
+def _groups(
+    model: nn.Module, branches: Mapping[str, Parameters] | None, op: str
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Main and bypass parameters of a model with MMTMs."""
+    mmtms = find_mmtms(model, op)
+    main = main_parameters(model, mmtms, branches, op)
+    bypass: dict[str, list[Tensor]] = {
+        name: [parameter for mmtm in mmtms for parameter in mmtm.bypass_parameters(m)]
+        for m, name in enumerate(main)
+    }
+    return main, bypass
+
+
+def _listed(groups: Mapping[str, Parameters]) -> dict[str, Any]:
+    """Values that can be looked at twice, as iterators cannot."""
+    return {
+        name: value if isinstance(value, nn.Module | Tensor | str) else list(value)
+        for name, value in groups.items()
+    }
 
 
 def _squared_norm(moments: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""What the methods share where a training runs on many ranks."""
+"""Gradients that are spread over ranks: where their elements lie in the whole tensors."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,56 +18,6 @@ _INSTEAD = (
     "use torch.distributed.fsdp.fully_shard or DistributedDataParallel instead, whose gradients "
     "are there between backward and the optimizer's step"
 )
-
-
-def resolve_group(group: ProcessGroup | None) -> ProcessGroup | None:
-    """The ranks that share their numbers, or None where there are no others.
-
-    Args:
-        group: a group, or None for all ranks, as DistributedDataParallel has it.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = dist.group.WORLD if group is None else group
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def broadcast_seed(seed: int, group: ProcessGroup) -> int:
-    """The first rank's 64-bit seed, on every rank."""
-    shared = torch.tensor([_signed(seed)], device=_device_of(group))
-    dist.broadcast(shared, group_src=0, group=group)
-    return int(shared.item()) % 2**64
-
-
-def require_equal(op: str, values: dict[str, int], group: ProcessGroup) -> None:
-    """Raises where a value differs between ranks.
-
-    Args:
-        op: who asks, for the error.
-        values: by name; 64-bit integers or hashes. The names are the same on every rank.
-        group: the ranks to compare.
-
-    Raises:
-        RuntimeError: names the values that differ, with what each rank has.
-    """
-    mine = torch.tensor([_signed(value) for value in values.values()], device=_device_of(group))
-    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(ranks, mine, group=group)
-    rows = torch.stack(ranks).t().tolist()
-    differing = [
-        f"{name} {[value % 2**64 for value in row]}"
-        for name, row in zip(values, rows, strict=True)
-        if len(set(row)) > 1
-    ]
-    if differing:
-        raise RuntimeError(
-            f"{op}: every rank must have the same state (got by rank {', '.join(differing)})"
-        )
-
-
-def hash_of(*values: object) -> int:
-    """Of what they print as: for `require_equal`."""
-    return zlib.crc32(repr(values).encode())
 
 
 def refuse_flattened(op: str, what: str, owner: object, parameters: Sequence[Tensor]) -> None:
@@ -206,12 +155,38 @@ class ShardLayout:
     def split(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The pieces of local gradients, views of them."""
         pieces: list[Tensor | None] = []
-        for gradient, depth, count in zip(gradients, self.depths, self.counts, strict=True):
-            if gradient is None or depth == 0:
-                pieces += [gradient] * count
+        for parameter, (gradient, count) in enumerate(zip(gradients, self.counts, strict=True)):
+            if gradient is None:
+                pieces += [None] * count
             else:
-                pieces += gradient.flatten(0, depth - 1).unbind(0)
+                pieces += self.split_one(gradient, parameter)
         return pieces
+
+    @torch.no_grad()
+    def zero_row_(self, gradient: Tensor, parameter: int, row: int, shape: Sequence[int]) -> None:
+        """Sets to 0 what this rank has of a row of the whole tensor.
+
+        Args:
+            gradient: this rank's elements, as `local_gradients` gives them.
+            parameter: its position.
+            row: index into the first dimension of the whole tensor.
+            shape: of the whole tensor.
+        """
+        if gradient.numel() == 0:
+            return
+        width = math.prod(shape[1:])
+        first = sum(self.counts[:parameter])
+        pieces = self.split_one(gradient, parameter)
+        for offset, piece in zip(self.offsets[first:], pieces, strict=False):
+            begin = max(row * width - offset, 0)
+            end = min((row + 1) * width - offset, piece.numel())
+            if begin < end:
+                piece.view(-1)[begin:end].zero_()
+
+    def split_one(self, gradient: Tensor, parameter: int) -> Sequence[Tensor]:
+        """The pieces of one local gradient, views of it."""
+        depth = self.depths[parameter]
+        return gradient.flatten(0, depth - 1).unbind(0) if depth else [gradient]
 
     def per_piece(self, moments: Tensor | None) -> Tensor | None:
         """The rows of the parameters' moments that the pieces need."""
@@ -244,16 +219,6 @@ def local_gradient(parameter: Any) -> Tensor | None:
         parameter.grad = gradient = gradient.contiguous()
         local = gradient.to_local()
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]
-
-
-def _signed(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _device_of(group: ProcessGroup) -> torch.device:
-    """A device that the group's backend speaks."""
-    types = [device.type for device in group._device_types]
-    return torch.device("cpu" if "cpu" in types else types[0])
 
 
 def _shard_groups(parameter: Any) -> tuple[ProcessGroup, ...]:

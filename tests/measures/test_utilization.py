@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mmbal_fast.methods import conditional_utilization
+from mmbal_fast import conditional_utilization
 from mmbal_fast.nn import MMTM
 
 

@@ -1,0 +1,15 @@
+"""What is measured of a model and its training, for methods and for people."""
+
+from __future__ import annotations
+
+from mmbal_fast.measures.blending_estimate import BlendingEstimate, estimate_blending_weights
+from mmbal_fast.measures.learning_speed import ConditionalLearningSpeed
+from mmbal_fast.measures.utilization import UtilizationTable, conditional_utilization
+
+__all__ = [
+    "BlendingEstimate",
+    "ConditionalLearningSpeed",
+    "UtilizationTable",
+    "conditional_utilization",
+    "estimate_blending_weights",
+]

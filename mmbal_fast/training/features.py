@@ -1,0 +1,92 @@
+"""Methods that act on features, before the fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmbal_fast.functional import _checks
+from mmbal_fast.training import ranks
+from mmbal_fast.training.method import Method, integer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class FeatureMethod(Method):
+    """Changes the features of a training batch, at random but resumable.
+
+    A subclass draws from the noise of `functional` with `seed` and the number of the step, which
+    it advances by `_advance`; so a run resumes bit for bit from ``{seed, step}``, and every device
+    and thread count draws the same.
+
+    Args:
+        names: of the M >= 2 modalities.
+        seed: 64-bit seed. Nothing is drawn from torch's generators.
+        process_group: whose ranks decide together; default all ranks.
+    """
+
+    _what = "modalities"
+
+    def __init__(
+        self, names: Iterable[str], *, seed: int = 0, process_group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__(names, process_group=process_group)
+        self.seed = _checks.word64(type(self).__name__, "seed", seed)
+        """64-bit seed of what is drawn."""
+        self._counter = torch.zeros(1, dtype=torch.int64, device="cpu")  # steps done
+
+    def _features(self, op: str, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """The features ``[B, ...]`` in the order of the names; the counter follows their device.
+
+        Raises:
+            TypeError: no mapping, or a value that is no floating point tensor.
+            ValueError: other names, or batches of different size or device.
+        """
+        if not isinstance(features, Mapping):
+            raise TypeError(
+                f"{op}: features must be a mapping from modalities to tensors "
+                f"(got {type(features).__name__})"
+            )
+        if features.keys() != set(self.names):
+            raise ValueError(
+                f"{op}: features must be given for {list(self.names)} (got {list(features)})"
+            )
+        ordered = [features[name] for name in self.names]
+        for name, each in zip(self.names, ordered, strict=True):
+            if not isinstance(each, Tensor) or not each.is_floating_point() or each.ndim < 1:
+                raise TypeError(
+                    f"{op}: features must be floating point tensors [B, ...] "
+                    f"(got {type(each).__name__} for '{name}')"
+                )
+        first = ordered[0]
+        if any(each.shape[0] != first.shape[0] or each.device != first.device for each in ordered):
+            raise ValueError(
+                f"{op}: features must be of one batch size and device "
+                f"(got {[(list(each.shape), str(each.device)) for each in ordered]})"
+            )
+        if self._counter.device != first.device:
+            with torch.inference_mode(False):
+                self._counter = self._counter.to(first.device)
+        return ordered
+
+    def _advance(self) -> None:
+        """Counts a step."""
+        self._counter.add_(1)
+
+    def _state(self) -> dict[str, Any]:
+        return {"seed": self.seed, "step": int(self._counter.item())}
+
+    def _load(self, op: str, state: Mapping[str, Any]) -> None:
+        seed = integer(op, "seed", state["seed"], 0, 2**64 - 1)
+        self._counter.fill_(integer(op, "step", state["step"], 0, 2**63 - 1))
+        self.seed = seed
+
+    def _in_sync(self) -> dict[str, int]:
+        return {"seed": self.seed, "step": int(self._counter.item())}
+
+    def _joined(self, group: ProcessGroup) -> None:
+        self.seed = ranks.broadcast_seed(self.seed, group)
