@@ -106,10 +106,12 @@ class ConditionalLearningSpeed(Member):
         self._join()
         self._count_shares()
         count = len(self.names)
-        device = self._parameters[0].device
+        device = self._moments.device
         contrast = torch.full((count, count), -1.0 / (count - 1), dtype=torch.float64, device="cpu")
         self._contrast = contrast.fill_diagonal_(1.0).to(device)
         self._totals = torch.zeros(2, count, dtype=torch.float64, device=device)
+        if self._parameters[0].is_meta:
+            return  # without weights yet
         weights = _squared_norm(self._measure([None] * len(self._parameters))[0])
         # Not a matrix product: 0 * inf would spoil the groups that a tensor is not in.
         norms = torch.where(self._membership > 0, self._membership * weights, 0.0).sum(1)
@@ -151,7 +153,8 @@ class ConditionalLearningSpeed(Member):
                 rows.append(row)
         self._parameters = list(members)
         self._sharded = any(map(is_distributed, members))
-        device = self._parameters[0].device
+        home = self._parameters[0].device
+        device = torch.device("cpu") if home.type == "meta" else home
         membership = torch.zeros(len(labels), len(members), dtype=torch.float64, device="cpu")
         for column, rows in enumerate(members.values()):
             membership[rows, column] = 1.0
@@ -168,6 +171,8 @@ class ConditionalLearningSpeed(Member):
         if changed:
             self._look()
             self._count_shares()
+            device = self._moments.device
+            self._contrast, self._totals = self._contrast.to(device), self._totals.to(device)
         return changed
 
     @classmethod

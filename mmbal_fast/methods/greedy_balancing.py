@@ -205,6 +205,7 @@ class GreedyBalancing(Method):
             ValueError: ``grad_scaler`` without ``optimizer``.
         """
         measure = self.learning_speed
+        self._follow()
         kept: Tensor | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             optimizers = as_optimizers("GreedyBalancing.step", grad_scaler, optimizer)
@@ -213,7 +214,6 @@ class GreedyBalancing(Method):
         if not self.enabled:
             self.last = GreedyRecord(measure.speed, measure.difference, self._branch[0].clone())
             return self.last
-        self._follow()
         regular = self._remaining == 0
         finite = measure.update(active=regular[0] if kept is None else regular[0] & kept)
         if kept is not None:
@@ -300,6 +300,9 @@ class GreedyBalancing(Method):
     def _follow(self) -> None:
         if self.learning_speed._follow():
             self._mmtms = find_mmtms(self._model, "GreedyBalancing")
+            device = self.learning_speed._totals.device
+            for name in ("_numbers", "_step", "_remaining", "_branch", "_log"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def _set_gates(self) -> None:
         gates = [mmtm.average_gate for mmtm in self._mmtms]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ class FeatureMethod(Method):
         self.seed = _checks.word64(type(self).__name__, "seed", seed)
         """64-bit seed of what is drawn."""
         self._counter = torch.zeros(1, dtype=torch.int64, device="cpu")  # steps done
+
+    @abstractmethod
+    def __call__(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The features to fuse instead, ``[B, ...]`` for each name."""
 
     def _features(self, op: str, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The features ``[B, ...]`` in the order of the names; the counter follows their device.

@@ -53,7 +53,7 @@ class Watch:
         # A compiled graph guards the parameters by itself.
         if not self._registries or torch.compiler.is_compiling():
             return False
-        if hasattr(_backend.native, "unchanged"):
+        if _backend.native is not None:
             return not _backend.native.unchanged(self._registries, self._entries)
         now = [*chain.from_iterable(map(dict.values, self._registries))]
         same = len(now) == len(self._entries) and all(map(operator.is_, now, self._entries))

@@ -1,0 +1,401 @@
+"""What every method promises, over all of them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+import mmbal_fast
+from mmbal_fast import _backend
+from mmbal_fast.integrations._callback import MethodCallback
+from mmbal_fast.training import Method, Record, Setting
+from mmbal_fast.training.history import values_of
+from tests.host_reads import host_reads
+from tests.methods.cases import CASES, Case, Run, filled
+
+CLOUD = pytest.importorskip("cloudpickle", reason="cloudpickle is not installed")
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(one, other, strict=True)
+    )
+
+
+def equal_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Bit for bit, NaN included."""
+    return repr(plain(one)) == repr(plain(other))
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists: what they hold, to the last bit."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def trained(case: Case, steps: int = 5) -> Run:
+    run = case.run()
+    for number in range(steps):
+        run.step(number)
+    return run
+
+
+def test_every_public_method_is_here() -> None:
+    public = {
+        value
+        for name in mmbal_fast.__all__
+        if inspect.isclass(value := getattr(mmbal_fast, name))
+        and issubclass(value, Method)
+        and not inspect.isabstract(value)
+    }
+    assert public - {Method} == {case.method for case in CASES}
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("form", ["as it is", "torch.save", "JSON"])
+def test_resumes_in_the_middle_bit_for_bit(case: Case, enabled: bool, form: str) -> None:
+    straight = case.run()
+    for number in range(5):
+        straight.step(number)
+    straight.method.enabled = enabled
+    straight.step(5)
+    state = straight.method.state_dict()
+    if form == "torch.save":
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    elif form == "JSON":
+        state = json.loads(json.dumps(plain(state)))
+    resumed = case.run()
+    resumed.model.load_state_dict(copy.deepcopy(straight.model.state_dict()))
+    resumed.optimizer.load_state_dict(copy.deepcopy(straight.optimizer.state_dict()))
+    resumed.method.load_state_dict(state)
+    assert resumed.method.enabled is enabled
+    assert equal_states(resumed.method.state_dict(), straight.method.state_dict())
+    for number in range(6, 11):
+        straight.step(number)
+        resumed.step(number)
+    assert same(resumed.bits(), straight.bits())
+    assert equal_states(resumed.method.state_dict(), straight.method.state_dict())
+
+
+def spoiled(value: Any) -> Iterator[Any]:
+    """Values of other types and shapes, and numbers that no state has."""
+    yield "text"
+    yield None
+    yield {"a": 1}
+    if isinstance(value, bool):
+        yield 1
+    elif isinstance(value, int):
+        yield -1
+        yield value + 0.7
+        yield 2**65
+    elif isinstance(value, Tensor):
+        yield value[..., None]
+        if value.is_floating_point():
+            yield torch.full_like(value, torch.nan)
+        else:
+            yield value - 2**40
+            yield value.double() + 0.5
+    elif isinstance(value, list) and value and isinstance(value[0], float):
+        yield [float("nan"), *value[1:]]
+        yield [-1.0, *value[1:]]
+        yield value[1:]
+
+
+def test_states_of_something_else_are_refused_and_change_nothing(case: Case) -> None:
+    run = trained(case)
+    method = run.method
+    state = method.state_dict()
+    before, bits = plain(copy.deepcopy(state)), run.bits()
+    tried = 0
+
+    def refused(other: Any) -> None:
+        nonlocal tried
+        with pytest.raises((TypeError, ValueError), match=rf"^{type(method).__name__}.load_state"):
+            method.load_state_dict(other)
+        assert repr(plain(method.state_dict())) == repr(before)
+        assert same(run.bits(), bits)
+        tried += 1
+
+    refused({})
+    refused(None)
+    refused({**state, "other": 1})
+    refused({**state, "names": list(reversed(state["names"]))})
+    for key in state:
+        refused({name: value for name, value in state.items() if name != key})
+        for wrong in spoiled(state[key]):
+            if key == "log" and isinstance(wrong, Tensor) and wrong.shape == state[key].shape:
+                continue  # learning speeds are NaN until every branch has moved
+            refused({**state, key: wrong})
+    assert tried > 10
+    method.load_state_dict(state)
+
+
+def test_enabled_is_true_or_false(case: Case) -> None:
+    method = case.run().method
+    for wrong in (1, None, "yes"):
+        with pytest.raises(TypeError, match=r"enabled must be True or False \(got"):
+            method.enabled = wrong
+    assert method.enabled is True
+
+
+def test_names_are_names(case: Case) -> None:
+    method = case.run().method
+    assert isinstance(method.names, tuple)
+    assert all(isinstance(name, str) for name in method.names)
+
+
+@pytest.mark.parametrize("wrong", ["ab", ["a"], [], ["a", "a"], [1, 2], 3])
+def test_heads_that_are_no_names_are_refused(wrong: Any) -> None:
+    for method in (mmbal_fast.LossWeighting, mmbal_fast.GradientBlending):
+        with pytest.raises((TypeError, ValueError), match=rf"^{method.__name__}: heads must "):
+            method(wrong)
+
+
+# ---- settings
+
+
+def test_settings_are_shown_and_checked_whenever_they_are_set(case: Case) -> None:
+    method = case.run().method
+    assert set(method._settings()) == set(case.settings)
+    for name, (good, bad) in case.settings.items():
+        setattr(method, name, good)
+        assert f"{name}={good!r}" in repr(method)
+        with pytest.raises((TypeError, ValueError), match=rf"^{type(method).__name__}: {name} mu"):
+            setattr(method, name, bad)
+        assert getattr(method, name) == good
+        assert isinstance(getattr(type(method), name), Setting)
+    for name in method.names:
+        assert name in repr(method)
+
+
+# ---- steps
+
+
+def test_bad_calls_change_nothing(case: Case) -> None:
+    run = trained(case)
+    run.optimizer.zero_grad()
+    run.backward(5, lambda loss: loss)
+    for call in case.bad_calls:
+        state, bits = plain(run.method.state_dict()), run.bits()
+        grads = [each.grad.clone() for each in run.model.parameters() if each.grad is not None]
+        with pytest.raises((TypeError, ValueError, RuntimeError, IndexError), match=r"\(got"):
+            call(run)
+        after = [each.grad for each in run.model.parameters() if each.grad is not None]
+        assert same(after, grads)
+        assert same(run.bits(), bits)
+        assert repr(plain(run.method.state_dict())) == repr(state)
+
+
+def test_steps_that_a_scaler_skips_leave_no_trace(case: Case) -> None:
+    if not case.skips:
+        pytest.skip("acts before backward")
+    run, other = case.run(), case.run()
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    for number in range(4):
+        run.step(number, scaler)
+        other.step(number, None)
+    state, parameters = plain(run.method.state_dict()), list(run.model.parameters())
+    weights = [each.detach().clone() for each in parameters]
+
+    def spoil() -> None:
+        parameters[0].grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+
+    run.step(9, scaler, spoil)
+    assert same([each.detach() for each in parameters], weights)
+    assert repr(plain(run.method.state_dict())) == repr(state)
+    assert same([each.detach() for each in parameters], list(other.model.parameters()))
+
+
+def test_no_step_reads_the_host(case: Case) -> None:
+    if _backend.native is None:
+        pytest.skip("the reference reads labels on the CPU")
+    run = trained(case)
+    run.optimizer.zero_grad()
+    given = run.backward(6, lambda loss: loss)
+    with host_reads() as found:
+        run.act(given)
+    assert found == []
+
+
+def test_records_are_tensors_by_name(case: Case) -> None:
+    run = case.run()
+    assert run.method.last is None
+    for number in range(3):
+        run.step(number)
+    record = run.method.last
+    assert isinstance(record, Record)
+    quantities = record.quantities(len(run.method.names))
+    assert quantities
+    assert not any(each.requires_grad for each in quantities.values())
+    kept = record.clone()
+    before = {name: each.clone() for name, each in kept.quantities(len(run.method.names)).items()}
+    run.step(3)
+    after = kept.quantities(len(run.method.names))
+    assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
+    history = mmbal_fast.History(run.method.names)
+    history.record(run.method.last, 4)
+    assert list(history.to_dict()) == [
+        "step", *(f"{quantity}/{name}" for quantity in quantities for name in run.method.names)
+    ]  # fmt: skip
+    assert len(values_of(run.method.last, run.method.names)) == len(history.to_dict()) - 1
+
+
+# ---- copies
+
+
+def by_pickle(module: Any, dumps: Callable[[Any], bytes]) -> Callable[[Any], Any]:
+    return lambda value: module.loads(dumps(value))
+
+
+def by_torch(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": by_pickle(pickle, pickle.dumps),
+    "cloudpickle": by_pickle(pickle, CLOUD.dumps),
+    "torch.save": by_torch,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_go_on_as_the_original_does(case: Case, how: str) -> None:
+    """Together with the model that holds it, as models are copied; into the copy's parameters."""
+    run = trained(case)
+    run.model.balancer = run.method
+    copied = COPIES[how](run)
+    assert copied.method is copied.model.balancer
+    assert copied.method is not run.method
+    last = run.method.last.clone()
+    mine = [each.clone() for each in run.bits()]
+    for number in range(5, 8):
+        copied.step(number)
+    assert same(run.bits(), mine)  # the original's parameters were not touched
+    assert same(
+        list(last.quantities(len(run.method.names)).values()),
+        list(run.method.last.quantities(len(run.method.names)).values()),
+    )
+    for number in range(5, 8):
+        run.step(number)
+    assert same(copied.bits(), run.bits())
+    assert equal_states(copied.method.state_dict(), run.method.state_dict())
+    assert repr(copied.method) == repr(run.method)
+
+
+def test_a_copied_record_shows_what_the_copys_steps_measure(case: Case) -> None:
+    run = trained(case)
+    copied = pickle.loads(pickle.dumps(run))
+    copied.step(5)
+    run.step(5)
+    for name, each in run.method.last.quantities(len(run.method.names)).items():
+        twin = copied.method.last.quantities(len(run.method.names))[name]
+        assert torch.equal(twin.nan_to_num(), each.nan_to_num())
+
+
+# ---- defaults
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_no_default_dtype_plays_a_part(case: Case, dtype: torch.dtype) -> None:
+    plain_run = trained(case, 6)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        run = trained(case, 3)
+        run.method.load_state_dict(run.method.state_dict())
+        for number in range(3, 6):
+            run.step(number)
+        assert same(run.bits(), plain_run.bits())
+        assert equal_states(run.method.state_dict(), plain_run.method.state_dict())
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_no_default_device_plays_a_part(case: Case) -> None:
+    plain_run = trained(case, 6)
+    run = case.run()
+    with torch.device("meta"):
+        for number in range(3):
+            run.step(number)
+        run.method.load_state_dict(run.method.state_dict())
+    for number in range(3, 6):
+        run.step(number)
+    assert same(run.bits(), plain_run.bits())
+
+
+def test_made_with_the_model_on_the_meta_device(case: Case) -> None:
+    """As `from_pretrained` makes models: real only when the weights are loaded."""
+    plain_run = trained(case, 3)
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.methods.cases.filled", lambda model: model)
+        run = case.run()
+        assert all(each.is_meta for each in run.model.parameters())
+    run.model.to_empty(device="cpu")
+    filled(run.model)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+    for number in range(3):
+        run.step(number)
+    assert same(run.bits(), plain_run.bits())
+
+
+# ---- integrations
+
+
+def test_callbacks_take_any_method(case: Case) -> None:
+    run = trained(case)
+    run.model.balancer = run.method
+    callback = MethodCallback(epochs=1)
+    callback._begin(run.model)
+    run.optimizer.zero_grad()
+    given = run.backward(6, lambda loss: loss)
+    if given is not None and hasattr(run.method, "observe"):
+        run.method.observe(*given)
+    callback._step(0, None, run.optimizer)
+    assert callback.history is not None
+    assert callback.history.names == run.method.names
+    callback._end_validation()
+    callback._begin_epoch(1)
+    assert run.method.enabled is False
+    assert callback._export()["enabled"] is False
+
+
+def test_a_module_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"must hold its method as 'balancer' \(got a Linear"):
+        MethodCallback()._begin(nn.Linear(2, 2))
