@@ -27,7 +27,10 @@ exclude_patterns = ["_build"]
 nitpicky = True  # what looks like a name is one that exists
 nitpick_ignore_regex = [
     ("py:.*", r"(lightning|transformers)\..*"),
-    ("py:.*", r"(.*\.)?(Stateful|ScalarWriter|MappingLogger|BalancerCallback|Parameters|Select|Encode)"),
+    (
+        "py:.*",
+        r"(.*\.)?(Stateful|ScalarWriter|MappingLogger|MethodCallback|Parameters|Select|Encode)",
+    ),
     ("py:.*", r"The table|history|.*value.*"),
 ]
 

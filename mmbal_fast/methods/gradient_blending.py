@@ -168,7 +168,8 @@ class GradientBlending(LossWeighting):
         if isinstance(losses, WeightingRecord):
             if samples is not None:
                 raise ValueError(f"{op}: a record has its own samples (got {samples} beside it)")
-            losses, samples = losses.losses, losses.samples
+            record = losses
+            losses, samples = record.losses, record.samples
         if samples is None:
             raise ValueError(f"{op}: the number of samples is needed (got None)")
         if isinstance(samples, int) and samples < 0:

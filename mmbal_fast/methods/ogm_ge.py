@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _rule(op: str, name: str, value: object) -> object:
+def _rule(op: str, name: str, value: object) -> Any:
     return value if callable(value) else _checks.rule_name(op, value)
 
 
@@ -104,7 +104,7 @@ class OGMGE(GradientModulation):
     @property
     def _named_rule(self) -> str:
         """Of the kernels, which leave the coefficients to a callable."""
-        return "none" if callable(self._rule) else self._rule
+        return "none" if callable(self.rule) else self.rule
 
     def _measure(
         self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
@@ -116,7 +116,7 @@ class OGMGE(GradientModulation):
             target,
             ignore_index,
             accumulate,
-            self._alpha,
+            self.alpha,
             self._named_rule,
             self._status,
         )
@@ -127,12 +127,12 @@ class OGMGE(GradientModulation):
 
     def _derive(self, *, summed: bool) -> None:
         if summed:
-            arguments = self._rows, True, self._alpha, self._named_rule
+            arguments = self._rows, True, self.alpha, self._named_rule
             if torch.compiler.is_compiling():
                 torch.ops.mmbal.derive_(*arguments)
             else:
                 _scores.derive_eager_(*arguments)
-        if callable(rule := self._rule):
+        if callable(rule := self.rule):
             self._rows[2] = _scores.modulation_coefficients(
                 self._rows[1], 0.0, rule=lambda ratios: _called(rule, ratios, self._rows[0])
             )

@@ -81,7 +81,7 @@ class Gradients:
         self,
         coefficients: Tensor,
         *,
-        noise: float | Tensor = 0.0,
+        noise: float = 0.0,
         seed: int = 0,
         step: int | Tensor = 0,
         moments: Tensor | None = None,

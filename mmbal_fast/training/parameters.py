@@ -34,7 +34,7 @@ class Watch:
     """
 
     def __init__(self, modules: Iterable[nn.Module], container: object = None) -> None:
-        registries = [
+        registries: list[Any] = [
             registry
             for tree in modules
             for module in tree.modules()
@@ -304,7 +304,7 @@ def _named(op: str, modality: str, value: Any) -> Iterator[tuple[str, nn.Paramet
                 f"{op}: modality '{modality}' must be a module, parameters or named parameters "
                 f"(got {type(parameter).__name__} in it)"
             )
-        yield name, parameter  # type: ignore[misc]
+        yield name, parameter
 
 
 def _ids(names: list[str]) -> list[int]:

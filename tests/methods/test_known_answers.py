@@ -62,10 +62,15 @@ def half(ratios: Tensor) -> Tensor:
     return torch.full_like(ratios, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("noise", "expected"), [(1.0, "316c7927b51637cb"), (0.0, "238df92998c53623")]
-)
-def test_bits_of_modulated_gradients(native: Backend, noise: float, expected: str) -> None:
+CHUNKED = "d8bd8a50738ecd76"
+"""Moments are merged in another order by the CUDA kernels: the deviation differs in the last bit."""
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.0])
+def test_bits_of_modulated_gradients(native: Backend, noise: float) -> None:
+    expected = "238df92998c53623"
+    if noise:
+        expected = CHUNKED if native.cuda_kernels else "316c7927b51637cb"
     assert digest(modulated(native, rule=half, noise=noise)[0]) == expected
 
 
