@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blending import check_floor
+from mmbal_fast.functional._blending_weights import check_floor
 from mmbal_fast.reference._blending import FLOOR, increments
 from mmbal_fast.training.method import checked_names
 from mmbal_fast.training.snapshot import Snapshot, Stateful

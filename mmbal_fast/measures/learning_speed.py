@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.functional._moments import gradient_moments_eager
-from mmbal_fast.functional._norms import accumulate_speeds_
+from mmbal_fast.functional._accumulate_speeds import accumulate_speeds_
+from mmbal_fast.functional._gradient_moments import moments_of
 from mmbal_fast.measures._branches import (
     Parameters,
     find_mmtms,
@@ -337,7 +337,7 @@ class ConditionalLearningSpeed(Member):
         weights: list[Any] = self._parameters
         if self._sharded:
             weights = [each.to_local() if is_distributed(each) else each for each in weights]
-        moments = gradient_moments_eager([*weights, *gradients], out=self._moments.view(-1, 3))
+        moments = moments_of([*weights, *gradients], out=self._moments.view(-1, 3))
         if self._group is not None:
             norms = _squared_norm(moments)
             dist.all_reduce(norms, group=self._group)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast import functional
-from mmbal_fast.functional._blending import check_floor
+from mmbal_fast.functional._blending_weights import check_floor
 from mmbal_fast.reference._blending import FLOOR, increments
 from mmbal_fast.training import LossWeighting, Setting, WeightingRecord
 from mmbal_fast.training.method import tensor

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from mmbal_fast.functional import _checks, _scores
+from mmbal_fast.functional import _checks, modulation_coefficients
+from mmbal_fast.functional._derive import derive_
+from mmbal_fast.functional._observe import observe_
 from mmbal_fast.reference import Rule
 from mmbal_fast.training import GradientModulation, Setting
 from mmbal_fast.training.parameters import Parameters, Select
@@ -110,30 +111,15 @@ class OGMGE(GradientModulation):
         self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
     ) -> None:
         # In one kernel with ratios and coefficients.
-        arguments = (
-            self._rows,
-            logits,
-            target,
-            ignore_index,
-            accumulate,
-            self.alpha,
-            self._named_rule,
-            self._status,
-        )
-        if torch.compiler.is_compiling():
-            torch.ops.mmbal.observe_(*arguments)
-        else:
-            _scores.observe_eager_(*arguments)
+        alpha = self._scalar("alpha")
+        rule, status = self._named_rule, self._status
+        observe_(self._rows, logits, target, ignore_index, accumulate, alpha, rule, status)
 
     def _derive(self, *, summed: bool) -> None:
         if summed:
-            arguments = self._rows, True, self.alpha, self._named_rule
-            if torch.compiler.is_compiling():
-                torch.ops.mmbal.derive_(*arguments)
-            else:
-                _scores.derive_eager_(*arguments)
+            derive_(self._rows, True, self._scalar("alpha"), self._named_rule)
         if callable(rule := self.rule):
-            self._rows[2] = _scores.modulation_coefficients(
+            self._rows[2] = modulation_coefficients(
                 self._rows[1], 0.0, rule=lambda ratios: _called(rule, ratios, self._rows[0])
             )
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmbal_fast.functional import _modulate
-from mmbal_fast.functional._modulate import Update
-from mmbal_fast.functional._moments import gradient_moments_eager
+from mmbal_fast.functional._gradient_moments import moments_of
+from mmbal_fast.functional._modulate import finite_moments, unscales, update_
 from mmbal_fast.training.amp import FusedUnscaling, unscale_
 from mmbal_fast.training.parameters import ParameterGroups
 
@@ -51,7 +50,7 @@ class Gradients:
     ) -> FusedUnscaling | None:
         """How `scale_` may unscale in its own pass; else None, and they are unscaled now."""
         fused = None
-        if self._groups.shards is None and _modulate.unscales(device):
+        if self._groups.shards is None and unscales(device):
             fused = FusedUnscaling.of(scaler, optimizers, self._groups.parameters, self._local)
         if fused is None:
             unscale_(scaler, optimizers)
@@ -64,7 +63,7 @@ class Gradients:
         all-reduce of 3 T float64.
         """
         groups = self._groups
-        moments = gradient_moments_eager(self._local, groups.names).to(device)
+        moments = moments_of(self._local, names=groups.names).to(device)
         if groups.shards is not None:
             groups.shards.complete_(moments)
         return moments
@@ -75,13 +74,13 @@ class Gradients:
         Raises:
             RuntimeError: a gradient holds NaN or inf.
         """
-        _modulate.finite_moments(self._op, self._local, moments, self._groups.names)
+        finite_moments(self._op, self._local, moments, self._groups.names)
 
     def scale_(
         self,
         coefficients: Tensor,
         *,
-        noise: float = 0.0,
+        noise: float | Tensor = 0.0,
         seed: int = 0,
         step: int | Tensor = 0,
         moments: Tensor | None = None,
@@ -105,23 +104,21 @@ class Gradients:
         shards = groups.shards
         if shards is not None and moments is None and noise != 0:
             moments = self.moments(coefficients.device)
-        _modulate.apply_(
+        update_(
             self._local if shards is None else shards.split(self._local),
-            Update(
-                coefficients=coefficients,
-                modality=groups.modality,
-                noise=noise,
-                seed=seed,
-                step=step,
-                tensor_ids=groups.tensor_ids,
-                offsets=None if shards is None else shards.offsets,
-                moments=moments if shards is None else shards.per_piece(moments),
-                status=status,
-                advance=advance,
-                names=groups.piece_names,
-                inverse_scale=None if unscaling is None else unscaling.inverse_scale,
-                found_inf=None if unscaling is None else unscaling.found_inf,
-            ),
+            coefficients,
+            groups.modality,
+            noise=noise,
+            seed=seed,
+            step=step,
+            tensor_ids=groups.tensor_ids,
+            offsets=None if shards is None else shards.offsets,
+            moments=moments if shards is None else shards.per_piece(moments),
+            status=status,
+            advance=advance,
+            inverse_scale=None if unscaling is None else unscaling.inverse_scale,
+            found_inf=None if unscaling is None else unscaling.found_inf,
+            names=groups.piece_names,
         )
         if unscaling is not None:
             unscaling.finish()

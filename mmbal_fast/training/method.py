@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor
 
+from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.training import ranks
 
 if TYPE_CHECKING:
@@ -262,9 +263,7 @@ class Method(ranks.Member, ABC):
 
     def _scalar(self, name: str) -> float | Tensor:
         """A setting for an operation: a number, or in a compiled graph the tensor that holds it."""
-        value: float | Tensor = getattr(
-            self, f"_{name}_tensor" if torch.compiler.is_compiling() else f"_{name}"
-        )
+        value: float | Tensor = getattr(self, f"_{name}_tensor" if in_graph() else f"_{name}")
         return value
 
 

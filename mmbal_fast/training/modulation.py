@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmbal_fast.functional import _checks
 from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT
+from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.training import ranks
 from mmbal_fast.training.amp import as_optimizers, found_inf, unscale_
 from mmbal_fast.training.gradients import Gradients
@@ -340,7 +341,7 @@ class GradientModulation(Method):
         self._finish_scores(work)
         gradients.scale_(
             self._record.coefficients,
-            noise=self.noise,
+            noise=self._scalar("noise"),
             seed=self.seed,
             step=self._counter,
             moments=moments,
@@ -354,9 +355,8 @@ class GradientModulation(Method):
         self._join()
         if self._group is None:
             return None
-        in_graph = torch.compiler.is_compiling()
         work: dist.Work | None = dist.all_reduce(
-            self._shared(), group=self._group, async_op=not in_graph
+            self._shared(), group=self._group, async_op=not in_graph()
         )
         return work
 

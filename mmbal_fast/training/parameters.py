@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmbal_fast import _backend
+from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.training.shards import ShardLayout, is_distributed, refuse_flattened
 
 Parameters: TypeAlias = nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
@@ -51,7 +52,7 @@ class Watch:
     def changed(self) -> bool:
         """Whether something was added, replaced or taken away; False in a compiled graph."""
         # A compiled graph guards the parameters by itself.
-        if not self._registries or torch.compiler.is_compiling():
+        if not self._registries or in_graph():
             return False
         if _backend.native is not None:
             return not _backend.native.unchanged(self._registries, self._entries)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmbal_fast.functional._blending import blend
+from mmbal_fast.functional._blended_cross_entropy import blend, check_label_smoothing
 from mmbal_fast.training.method import Method, Record, Setting, integer, tensor
 from mmbal_fast.training.modulation import classes_second
 
@@ -30,8 +30,6 @@ class WeightingRecord(Record):
 
 
 def _label_smoothing(op: str, name: str, value: Any) -> float:
-    from mmbal_fast.functional._blending import check_label_smoothing
-
     check_label_smoothing(op, value)
     return float(value)
 

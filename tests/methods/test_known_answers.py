@@ -63,7 +63,7 @@ def half(ratios: Tensor) -> Tensor:
 
 
 CHUNKED = "d8bd8a50738ecd76"
-"""Moments are merged in another order by the CUDA kernels: the deviation differs in the last bit."""
+"""CUDA kernels merge moments in another order: the deviation differs in the last bit."""
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.0])

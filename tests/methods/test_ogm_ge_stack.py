@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmbal_fast
 from mmbal_fast.functional._modulate import NON_FINITE_GRADIENT, unscales
-from mmbal_fast.methods import ogm_ge
+from mmbal_fast.training import gradients
 from tests.host_reads import host_reads
 from tests.methods.checkpoints import SAVES
 
@@ -104,7 +104,7 @@ def unscaling(
 ) -> Callable[..., None]:
     """The ways to unscale: a callable that comes before the step."""
     if request.param != "fused":
-        monkeypatch.setattr(ogm_ge, "unscales", lambda device: False)
+        monkeypatch.setattr(gradients, "unscales", lambda device: False)
 
     def before(scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
         if request.param == "before the step":
@@ -220,7 +220,7 @@ def test_fused_unscaling_equals_the_scaler_bit_for_bit(
     equal["a"][:, 0] = 1.0
     results, states = [], []
     for fused in (True, False):
-        monkeypatch.setattr(ogm_ge, "unscales", lambda device, fused=fused: fused)
+        monkeypatch.setattr(gradients, "unscales", lambda device, fused=fused: fused)
         made = grads()
         parameters = [nn.Parameter(torch.zeros_like(each)) for each in made]
         head = nn.Parameter(torch.zeros(3, device=native.device))
