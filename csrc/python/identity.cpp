@@ -11,14 +11,14 @@ namespace py = pybind11;
 bool unchanged(const py::list& registries, const py::list& entries) {
   const Py_ssize_t expected = PyList_GET_SIZE(entries.ptr());
   Py_ssize_t seen = 0;
-  for (py::handle registry : registries) {
-    if (!PyDict_Check(registry.ptr())) {
-      throw py::type_error("unchanged: registries must be dicts");
-    }
+  const Py_ssize_t count = PyList_GET_SIZE(registries.ptr());
+  for (Py_ssize_t index = 0; index < count; ++index) {
+    PyObject* registry = PyList_GET_ITEM(registries.ptr(), index);
+    if (!PyDict_Check(registry)) throw py::type_error("unchanged: registries must be dicts");
     PyObject* key = nullptr;
     PyObject* value = nullptr;
     Py_ssize_t position = 0;
-    while (PyDict_Next(registry.ptr(), &position, &key, &value)) {
+    while (PyDict_Next(registry, &position, &key, &value)) {
       if (seen == expected || PyList_GET_ITEM(entries.ptr(), seen) != value) return false;
       ++seen;
     }

@@ -69,7 +69,7 @@ def vector(op: str, name: str, value: Tensor, least: int) -> None:
 
 def mapping(op: str, name: str, value: object, holds: str) -> None:
     """Something by name, such as a dict or an ``nn.ModuleDict``."""
-    if not isinstance(value, Mapping | nn.ModuleDict):
+    if type(value) is not dict and not isinstance(value, Mapping | nn.ModuleDict):
         raise TypeError(
             f"{op}: {name} must be a mapping from modalities to {holds} "
             f"(got {type(value).__name__})"
@@ -82,7 +82,7 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
         raise TypeError(f"{op}: target must be a tensor (got {type(target).__name__})")
     if len(logits) == 0:
         raise ValueError(f"{op}: logits must hold at least one tensor (got none)")
-    first = logits[0]
+    first, device = logits[0], target.device
     for each in logits:
         if not isinstance(each, Tensor):
             raise TypeError(f"{op}: logits must be tensors (got {type(each).__name__})")
@@ -95,10 +95,10 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
                 f"{op}: logits must have one shape [B, C] or [B, C, ...], C >= 1 "
                 f"(got {[list(x.shape) for x in logits]})"
             )
-        if each.device != target.device:
+        if each.device != device:
             raise ValueError(
                 f"{op}: logits and target must be on one device "
-                f"(got {each.device} and {target.device})"
+                f"(got {each.device} and {device})"
             )
     soft = target.is_floating_point()
     if not soft and target.dtype not in INTEGERS:

@@ -163,7 +163,7 @@ class ConditionalLearningSpeed(Member):
         self._moments = torch.zeros(2, len(members), 3, dtype=torch.float64, device=device)
         self._missing = [True] * len(members)  # gradients
         trees = modules_of([self._model] if self._model is not None else values)
-        self._watch: Watch | None = Watch(trees)
+        self._watch: Watch | None = Watch(trees, self._parameters)
 
     def _follow(self) -> bool:
         """Looks again if a module holds other parameters than before; whether it did."""
@@ -217,7 +217,7 @@ class ConditionalLearningSpeed(Member):
         main, bypass = _groups(model, branches, op)
         speed = cls(main=main, bypass=bypass, process_group=process_group)
         speed._model, speed._branches = model, branches
-        speed._watch = Watch(modules_of([model]))
+        speed._watch = Watch([model], speed._parameters)
         return speed
 
     @torch.no_grad()

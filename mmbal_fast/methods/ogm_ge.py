@@ -83,6 +83,7 @@ class OGMGE(GradientModulation):
     alpha = Setting(_checks.number)
     """Strength of the modulation."""
     rule = Setting(_rule)
+    _rule: Rule
     """From ratios to coefficients: a published rule's name, or a callable."""
 
     def __init__(
@@ -105,7 +106,8 @@ class OGMGE(GradientModulation):
     @property
     def _named_rule(self) -> str:
         """Of the kernels, which leave the coefficients to a callable."""
-        return "none" if callable(self.rule) else self.rule
+        rule = self._rule
+        return rule if isinstance(rule, str) else "none"
 
     def _measure(
         self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
@@ -118,7 +120,7 @@ class OGMGE(GradientModulation):
     def _derive(self, *, summed: bool) -> None:
         if summed:
             derive_(self._rows, True, self._scalar("alpha"), self._named_rule)
-        if callable(rule := self.rule):
+        if callable(rule := self._rule):
             self._rows[2] = modulation_coefficients(
                 self._rows[1], 0.0, rule=lambda ratios: _called(rule, ratios, self._rows[0])
             )

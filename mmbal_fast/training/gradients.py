@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,15 +35,16 @@ class Gradients:
         groups.follow()
         self._op, self._groups = op, groups
         self._local = groups.gradients()
-        first = next((index for index, grad in enumerate(self._local) if grad is not None), None)
-        if first is None:
-            if groups.shards is None and not groups.frozen():
-                raise RuntimeError(
-                    f"{op}: must come between backward and zero_grad "
-                    f"(got no gradient on {len(self._local)} parameters)"
-                )
-        else:
-            _refuse_per_sample(op, groups.names[first], groups.parameters[first])
+        for index, grad in enumerate(self._local):
+            if grad is not None:
+                if hasattr(groups.parameters[index], "grad_sample"):
+                    _refuse_per_sample(op, groups, index)
+                return
+        if groups.shards is None and not groups.frozen():
+            raise RuntimeError(
+                f"{op}: must come between backward and zero_grad "
+                f"(got no gradient on {len(self._local)} parameters)"
+            )
 
     def unscaled_within(
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], device: torch.device
@@ -125,18 +126,19 @@ class Gradients:
         groups.clear_padding_(self._local)
 
 
-def _refuse_per_sample(op: str, name: str, parameter: Tensor) -> None:
+def _refuse_per_sample(op: str, groups: ParameterGroups, index: int) -> None:
     """Refuses gradients that Opacus and its like compute anew from per-sample ones.
 
     After clipping they mark these as processed, and ``.grad`` is what the optimizer sees.
     """
-    samples = getattr(parameter, "grad_sample", None)
+    parameter: Any = groups.parameters[index]
+    samples = parameter.grad_sample
     if samples is None:
         return
     each = samples[-1] if isinstance(samples, list) and samples else samples
     if not getattr(each, "_processed", False):
         raise RuntimeError(
-            f"{op}: the gradient of '{name}' must be final, but its optimizer will compute it anew "
+            f"{op}: the gradient of '{groups.names[index]}' must be final, but its optimizer will compute it anew "
             "from per-sample gradients; call this from the optimizer's step hook, as in "
             "optimizer.attach_step_hook(lambda optimizer: method.step(logits, target)) "
             "(got grad_sample)"

@@ -100,6 +100,7 @@ class GradientModulation(Method):
         op = type(self).__name__
         _checks.mapping(op, "modalities", modalities, "encoders")
         super().__init__(modalities.keys(), process_group=process_group)
+        self._name_set = frozenset(self.names)
         self.noise = noise
         self.seed = _checks.word64(op, "seed", seed)
         """64-bit seed of the noise."""
@@ -192,7 +193,7 @@ class GradientModulation(Method):
             assert logits is not None
             assert target is not None
             _checks.mapping(op, "logits", logits, "tensors")
-            if logits.keys() != set(self.names):
+            if logits.keys() != self._name_set:
                 raise ValueError(
                     f"{op}: logits must be given for {list(self.names)} (got {list(logits)})"
                 )
@@ -211,7 +212,7 @@ class GradientModulation(Method):
 
     def _add_scores(self, op: str, scores: Mapping[str, Tensor | float] | Tensor) -> None:
         if isinstance(scores, Mapping):
-            if scores.keys() != set(self.names):
+            if scores.keys() != self._name_set:
                 raise ValueError(
                     f"{op}: scores must be given for {list(self.names)} (got {list(scores)})"
                 )
@@ -291,6 +292,22 @@ class GradientModulation(Method):
                 f"{op}: error_if_nonfinite must not be set with a grad_scaler, which skips such "
                 "steps (got both)"
             )
+        given = logits, target, ignore_index, class_dim
+        if in_graph():  # where gradients would stay switched off after an error
+            return self._step(op, given, scaler, optimizers, error_if_nonfinite)
+        with torch.no_grad():
+            return self._step(op, given, scaler, optimizers, error_if_nonfinite)
+
+    def _step(
+        self,
+        op: str,
+        given: tuple[Mapping[str, Tensor] | None, Tensor | None, int, int],
+        scaler: GradScaler | None,
+        optimizers: Sequence[Optimizer],
+        error_if_nonfinite: bool,
+    ) -> ModulationRecord:
+        """`step` on checked arguments."""
+        logits, target, ignore_index, class_dim = given
         if logits is not None:
             self.observe(logits, target, ignore_index=ignore_index, class_dim=class_dim)
         if not self._pending_scores:
@@ -302,7 +319,7 @@ class GradientModulation(Method):
         if error_if_nonfinite:
             self.check()
         work = self._sum_scores()
-        if self.enabled:
+        if self._enabled:
             self._modulate(op, work, scaler, optimizers, error_if_nonfinite)
         else:
             self._finish_scores(work)
@@ -312,9 +329,9 @@ class GradientModulation(Method):
         if scaler is not None:
             self._skipped.copy_(found_inf(scaler, optimizers, self._skipped.device))
             counts = ~self._skipped
-            if self.enabled:
+            if self._enabled:
                 self._counter.add_(counts)
-        if self.enabled:
+        if self._enabled:
             self._remember(counts)
         self.last = self._record if scaler is None else self._scaled_record
         return self.last
@@ -352,9 +369,10 @@ class GradientModulation(Method):
 
     def _sum_scores(self) -> dist.Work | None:
         """Starts to sum the scores over the ranks."""
-        self._join()
         if self._group is None:
-            return None
+            self._join()
+            if self._group is None:
+                return None
         work: dist.Work | None = dist.all_reduce(
             self._shared(), group=self._group, async_op=not in_graph()
         )
@@ -369,7 +387,7 @@ class GradientModulation(Method):
         if work is not None:
             work.wait()  # on CUDA the stream waits, not the host
         self._derive(summed=self._group is not None)
-        if not self.enabled:
+        if not self._enabled:
             self._rows[2] = 1.0
 
     # ---- what all methods have -----------------------------------------------------------------

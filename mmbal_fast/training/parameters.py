@@ -31,34 +31,48 @@ class Watch:
 
     Args:
         modules: whose trees to watch.
+        parameters: those that matter: modules with none of them below are left out.
         container: a mapping that may get other values.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], container: object = None) -> None:
-        registries: list[Any] = [
-            registry
-            for tree in modules
-            for module in tree.modules()
-            for registry in (module._parameters, module._modules)
-            if registry
-        ]
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        parameters: Iterable[Tensor],
+        container: object = None,
+    ) -> None:
+        wanted = set(map(id, parameters))
+        registries: list[Any] = []
+        for tree in modules:
+            _add_registries(tree, wanted, registries)
         if isinstance(container, nn.ModuleDict):
             registries.append(container._modules)
         elif isinstance(container, dict):
             registries.append(container)
-        self._registries: list[dict[str, Any]] = registries
+        self.registries: list[dict[str, Any]] = registries
         self._entries = [*chain.from_iterable(map(dict.values, registries))]
 
     def changed(self) -> bool:
         """Whether something was added, replaced or taken away; False in a compiled graph."""
         # A compiled graph guards the parameters by itself.
-        if not self._registries or in_graph():
+        if not self.registries or in_graph():
             return False
         if _backend.native is not None:
-            return not _backend.native.unchanged(self._registries, self._entries)
-        now = [*chain.from_iterable(map(dict.values, self._registries))]
+            return not _backend.native.unchanged(self.registries, self._entries)
+        now = [*chain.from_iterable(map(dict.values, self.registries))]
         same = len(now) == len(self._entries) and all(map(operator.is_, now, self._entries))
         return not same
+
+
+def _add_registries(module: nn.Module, wanted: set[int], registries: list[Any]) -> bool:
+    """Adds the dicts of ``module`` that lead to wanted parameters; whether there are any."""
+    below = [_add_registries(child, wanted, registries) for child in module.children()]
+    own = not wanted.isdisjoint(map(id, module._parameters.values()))
+    if own:
+        registries.append(module._parameters)
+    if any(below):
+        registries.append(module._modules)
+    return own or any(below)
 
 
 class ParameterGroups:
@@ -118,10 +132,10 @@ class ParameterGroups:
                 parameters.
             TypeError: as the constructor.
         """
-        if self._watch is None or self._watch.changed():
+        watch = self._watch
+        if watch is None or (watch.registries and watch.changed()):
             self.look()
 
-    @torch.no_grad()
     def gradients(self) -> list[Tensor | None]:
         """This rank's elements of each parameter's gradient; None for none, and for frozen ones.
 
@@ -185,7 +199,7 @@ class ParameterGroups:
         self.piece_names = [names[index] for index in pieces]
         self._padding = collected.padding()
         modules = [value for value in given.values() if isinstance(value, nn.Module)]
-        self._watch = Watch(modules, container)
+        self._watch = Watch(modules, parameters, container)
 
     def _still_there(self, name: str) -> bool:
         assert self._container is not None
