@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -195,37 +196,57 @@ class Order {
   uint64_t count_, start_ = 0, stride_ = 1;
 };
 
-// One grid. Its workers share it.
+// The turn goes round a ring of workers: one of them runs, the others sleep.
+class Turns {
+ public:
+  explicit Turns(size_t workers) : next_(workers), woken_(workers) {
+    for (size_t i = 0; i < workers; ++i) next_[i] = (i + 1) % workers;
+  }
+  void await(size_t worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    woken_[worker].wait(lock, [&] { return turn_ == worker; });
+  }
+  void hand_on(size_t worker) {
+    if (next_[worker] == worker) return;
+    give(next_[worker]);
+    await(worker);
+  }
+  void leave(size_t worker) {
+    size_t before = worker;
+    while (next_[before] != worker) before = next_[before];
+    next_[before] = next_[worker];
+    give(next_[worker]);
+  }
+
+ private:
+  void give(size_t worker) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    turn_ = worker;
+    woken_[worker].notify_one();
+  }
+
+  std::vector<size_t> next_;  // of whoever has the turn to read and write
+  std::vector<std::condition_variable> woken_;
+  std::mutex mutex_;
+  size_t turn_ = 0;
+};
+
+// One grid. Its workers share it, in turns.
 struct Launch {
   const cudaLaunchConfig_t& config;
   const std::function<void()>& run;
   uint64_t seed;
   uint64_t blocks;
   Order order;
-  int workers;
-  std::atomic<uint64_t> next{0};
-  std::atomic<bool> failed{false};
+  size_t workers;
+  Turns turns{workers};
+  uint64_t next = 0;
+  bool failed = false;
+  uint64_t rounds = 0;  // in each of which a block's threads run to where they wait next
+  size_t idle = 0;      // rounds in a row in which threads did nothing but spin
 
-  // All workers spin and nothing has changed since each of them looked: nobody will ever go on.
-  std::mutex mutex;
-  uint64_t epoch = 0;
-  int settled = 0;
-
-  void changed(bool worker_ends = false) {
-    std::lock_guard<std::mutex> lock(mutex);
-    ++epoch;
-    settled = 0;
-    workers -= worker_ends;
-  }
-  bool stuck(uint64_t& seen, int& looks) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (seen != epoch) {
-      seen = epoch;
-      looks = 0;
-    }
-    if (++looks == 1000) ++settled;
-    return settled == workers;
-  }
+  // Every block in flight has looked many times and found nothing changed: none will ever go on.
+  bool stuck() const { return idle > 100 * workers; }
 };
 
 class Worker;
@@ -234,9 +255,11 @@ thread_local Worker* current = nullptr;
 // Runs blocks one after another on one OS thread.
 class Worker {
  public:
-  void run(Launch& launch) {
+  void run(Launch& launch, size_t number) {
+    launch.turns.await(number);
     current = this;
     launch_ = &launch;
+    number_ = number;
     blockDim = launch.config.blockDim;
     gridDim = launch.config.gridDim;
     const size_t dynamic_bytes = launch.config.dynamicSmemBytes;
@@ -250,9 +273,9 @@ class Worker {
       random_ = launch.seed == 0 ? 0 : (launch.seed + block) * 0x9e3779b97f4a7c15u | 1;
       run_block();
     }
-    launch.changed(true);
     std::free(dynamic_);
     current = nullptr;
+    launch.turns.leave(number);
   }
 
   Fiber& running() { return *running_; }
@@ -286,9 +309,6 @@ class Worker {
     waiting_ = 0;
 
     const Order order(random_, warps_.size());
-    bool spins = false;
-    uint64_t epoch = 0;
-    int looks = 0;
     while (alive_ != 0) {
       bool progress = false, yielded = false;
       for (size_t w = 0; w < warps_.size(); ++w) {
@@ -304,24 +324,23 @@ class Worker {
         warp.ready |= warp.yielded;
         warp.yielded = 0;
       }
-      if (!progress && yielded) {
-        if (!spins) launch_->changed();
+      launch_->idle = progress ? 0 : launch_->idle + 1;
+      if (!progress) {
         if (launch_->failed) return abandon();
-        if (launch_->stuck(epoch, looks)) return report();
-        std::this_thread::yield();
-      } else if (!progress) {
-        return report();
-      } else if (spins) {
-        launch_->changed();
+        if (!yielded || launch_->stuck()) return report();
       }
-      spins = !progress;
+      if (!progress || ++launch_->rounds % 16 == 0) launch_->turns.hand_on(number_);
     }
+  }
+
+  uint64_t random() {
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    return random_ >> 32;
   }
 
   int pick(unsigned lanes) {
     if (random_ == 0) return __builtin_ctz(lanes);
-    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
-    const int start = static_cast<int>(random_ >> 59);
+    const int start = static_cast<int>(random() % warpSize);
     const unsigned from_start = lanes & ~0u << start;
     return __builtin_ctz(from_start ? from_start : lanes);
   }
@@ -440,6 +459,7 @@ class Worker {
   }
 
   Launch* launch_ = nullptr;
+  size_t number_ = 0;
   void* dynamic_ = nullptr;
   uint64_t random_ = 0;
   std::vector<Fiber> fibers_;
@@ -489,15 +509,14 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
   const uint64_t workers = 1;  // they would share `__shared__`
 #else
   const uint64_t workers = std::min(
-      {std::max<uint64_t>(environment("MMBAL_EMULATION_THREADS", 1), 1), blocks, uint64_t{64}});
+      {std::max<uint64_t>(environment("MMBAL_EMULATION_BLOCKS", 1), 1), blocks, uint64_t{64}});
 #endif
   while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
-  Launch state{config, run, seed, blocks, Order(seed, blocks), static_cast<int>(workers), {},
-               {},     {},  0,    0};
+  Launch state{config, run, seed, blocks, Order(seed, blocks), workers};
   std::vector<std::thread> threads;
-  for (uint64_t i = 1; i < workers; ++i)
-    threads.emplace_back([&state, worker = pool[i].get()] { worker->run(state); });
-  pool[0]->run(state);
+  for (size_t i = 1; i < workers; ++i)
+    threads.emplace_back([&state, i, worker = pool[i].get()] { worker->run(state, i); });
+  pool[0]->run(state, 0);
   for (std::thread& thread : threads) thread.join();
   return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
 }

@@ -197,6 +197,20 @@ void spin_forever() {
           cudaErrorLaunchFailure);
 }
 
+// Block 0 waits for block 1.
+__global__ void wait_for_next(unsigned* turn) {
+  if (threadIdx.x != 0) return;
+  while (blockIdx.x == 0 && atomicAdd(turn, 0) == 0) __nanosleep(32);
+  if (blockIdx.x == 1) atomicExch(turn, 1u);
+}
+
+void blocks_in_flight() {
+  unsigned turn = 0;
+  const bool two = std::strcmp(std::getenv("MMBAL_EMULATION_BLOCKS"), "2") == 0;
+  REQUIRE(start(2, 64, wait_for_next, &turn) == (two ? cudaSuccess : cudaErrorLaunchFailure));
+  REQUIRE(turn == (two ? 1u : 0u));
+}
+
 // ---- threads that wait for ever
 
 __global__ void divergent(int how) {
@@ -427,6 +441,7 @@ int main(int argc, char** argv) {
       {"last_block_done", last_block_done},
       {"tickets", tickets},
       {"spin_forever", spin_forever},
+      {"blocks_in_flight", blocks_in_flight},
       {"divergent_barrier_0", [] { divergent_barrier(0); }},
       {"divergent_barrier_1", [] { divergent_barrier(1); }},
       {"divergent_barrier_2", [] { divergent_barrier(2); }},

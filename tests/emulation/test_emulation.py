@@ -14,7 +14,7 @@ FLAGS = {
     "plain": ["-O1"],
     "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-ORDERS = [{}, {"THREADS": "3"}, {"SEED": "1"}, {"SEED": "2", "THREADS": "2"}]
+ORDERS = [{}, {"BLOCKS": "3"}, {"SEED": "1"}, {"SEED": "2", "BLOCKS": "2"}]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -73,6 +73,15 @@ def test_deadlocks_are_reported(
     assert "deadlock in block" in result.stderr
     assert "of 64 threads" in result.stderr
     assert [part for part in report if part not in result.stderr] == []
+
+
+def test_a_block_that_waits_lets_others_run(selftest: Path) -> None:
+    result = run(selftest, "blocks_in_flight", BLOCKS="1")
+    assert result.returncode == 0
+    assert "deadlock in block (0, 0, 0)" in result.stderr
+    if selftest.name != "sanitized":  # one block is in flight there
+        result = run(selftest, "blocks_in_flight", BLOCKS="2")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 
 def test_missing_barrier_shows(selftest: Path) -> None:

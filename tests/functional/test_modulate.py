@@ -479,7 +479,7 @@ SIZES_AT_WAVES = {
     "more waves than many tensors may": [WAVE // 3 * 2] * 70 + [3] * 30,
 }
 
-ORDERS = [{}, {"THREADS": "8"}, {"SEED": "3", "THREADS": "5"}]  # of blocks, under emulation
+ORDERS = [{}, {"BLOCKS": "8"}, {"SEED": "3", "BLOCKS": "5"}]  # of blocks, under emulation
 
 
 @pytest.mark.parametrize("native", ["cuda-emulated", "cuda"], indirect=True)

@@ -4,10 +4,11 @@
 //     g++ -std=c++17 -ffp-contract=off -I tests/emulation/include -x c++ kernels.cu
 //         -x none tests/emulation/emulation.cpp -pthread
 //
-// Threads of a block are fibers of one OS thread; blocks run on MMBAL_EMULATION_THREADS OS threads
-// (default 1) and are claimed in order of blockIdx. MMBAL_EMULATION_SEED=n (n > 0) runs blocks,
-// warps and lanes in another order, fixed by n: a missing barrier or a dependence on the order of
-// blocks then shows as a wrong result.
+// Threads of a block are fibers of one OS thread; MMBAL_EMULATION_BLOCKS blocks (default 1) are in
+// flight at a time, each on an OS thread of its own, and are claimed in order of blockIdx. One of
+// them runs at a time; it hands its turn on where its threads spin, and now and then at a barrier.
+// MMBAL_EMULATION_SEED=n (n > 0) runs blocks, warps and lanes in another order, fixed by n: a
+// missing barrier or a dependence on the order of blocks then shows as a wrong result.
 //
 // It proves logic, memory safety (with -fsanitize=address,undefined; `__shared__` then gets
 // redzones and blocks run on one OS thread) and that every barrier is reached by all. It does not
