@@ -9,7 +9,8 @@ Switches, all read from the environment:
 `TORCH_CUDA_ARCH_LIST`     such as "8.0;9.0+PTX"; default: every major architecture from 7.5 on
 `MAX_JOBS`                 compilers at a time; default: one per core
 `DEBUG=1`                  -O0 -g
-`MMBAL_SANITIZE`           "address", "undefined" or both: -O1 -g -fsanitize=...
+`MMBAL_SANITIZE`           "address", "undefined" or both: -O1 -g -fsanitize=...; "thread": races
+                           of the emulated CUDA kernels
 `MMBAL_WERROR=1`           warnings are errors
 `MMBAL_PTXAS_VERBOSE=1`    print each kernel's registers and spills
 `MMBAL_BUILD_EMULATED=1`   also build the test module that runs the CUDA kernels on the CPU
@@ -173,8 +174,8 @@ class Switches:
             raise fail("MAX_JOBS must be a positive number", jobs)
         sanitize = environment.get("MMBAL_SANITIZE", "")
         sanitizers = tuple(sanitize.split(",")) if sanitize else ()
-        if not set(sanitizers) <= {"address", "undefined"}:
-            raise fail("MMBAL_SANITIZE must list address, undefined", sanitize)
+        if sanitizers != ("thread",) and not set(sanitizers) <= {"address", "undefined"}:
+            raise fail("MMBAL_SANITIZE must list address, undefined or be thread", sanitize)
         return cls(
             compiler=compiler,
             nvcc=nvcc,

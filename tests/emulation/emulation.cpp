@@ -19,6 +19,9 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#ifdef MMBAL_EMULATION_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -62,6 +65,13 @@ namespace {
 
 constexpr size_t stack_bytes = 128 * 1024;  // address space: pages are there once touched
 constexpr uint64_t garbage = ~uint64_t{0};
+// Memory that a block had and another gets would look like memory that they share: with the race
+// detector each has an OS thread, and with it `__shared__`, and stacks to itself.
+#ifdef MMBAL_EMULATION_TSAN
+constexpr bool fresh_memory = true;
+#else
+constexpr bool fresh_memory = false;
+#endif
 
 void fiber_main();
 
@@ -99,6 +109,9 @@ class Stack {
     fiber_.uc_link = nullptr;
     makecontext(&fiber_, fiber_main, 0);
 #endif
+#ifdef MMBAL_EMULATION_TSAN
+    thread_ = __tsan_create_fiber(0);  // comes after what the scheduler's thread has done
+#endif
   }
 
   // The fiber that waits here will never leave its frames.
@@ -106,13 +119,29 @@ class Stack {
 #ifdef MMBAL_EMULATION_ASAN
     __asan_unpoison_memory_region(base_, stack_bytes);
 #endif
+    ended();
   }
+
+  // The fiber will not be entered again.
+  void ended() {
+#ifdef MMBAL_EMULATION_TSAN
+    __tsan_destroy_fiber(thread_);
+#endif
+  }
+
+#ifdef MMBAL_EMULATION_TSAN
+  void* thread() const { return thread_; }
+#endif
 
   // Scheduler: run the fiber until it leaves.
   void enter() {
 #ifdef MMBAL_EMULATION_ASAN
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, base_, stack_bytes);
+#endif
+#ifdef MMBAL_EMULATION_TSAN
+    scheduler_thread_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef __x86_64__
     mmbal_emulation_switch(&scheduler_, fiber_);
@@ -136,6 +165,9 @@ class Stack {
 #ifdef MMBAL_EMULATION_ASAN
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_, caller_, caller_bytes_);
 #endif
+#ifdef MMBAL_EMULATION_TSAN
+    __tsan_switch_to_fiber(scheduler_thread_, __tsan_switch_to_fiber_no_sync);
+#endif
 #ifdef __x86_64__
     mmbal_emulation_switch(&fiber_, scheduler_);
 #else
@@ -157,6 +189,9 @@ class Stack {
   void* fake_ = nullptr;
   const void* caller_ = nullptr;
   size_t caller_bytes_ = 0;
+#endif
+#ifdef MMBAL_EMULATION_TSAN
+  void *thread_ = nullptr, *scheduler_thread_ = nullptr;
 #endif
 };
 
@@ -249,6 +284,22 @@ struct Launch {
   bool stuck() const { return idle > 100 * workers; }
 };
 
+// What these threads of a block did comes before what any of them will do.
+template <class Fibers>
+void synchronise([[maybe_unused]] const Fibers& fibers) {
+#ifdef MMBAL_EMULATION_TSAN
+  const auto meeting = std::make_unique<char>();  // the sanitizer forgets an address that is freed
+  void* const scheduler = __tsan_get_current_fiber();
+  for (auto* act : {&__tsan_release, &__tsan_acquire}) {
+    for (const Fiber* fiber : fibers) {
+      __tsan_switch_to_fiber(fiber->stack->thread(), __tsan_switch_to_fiber_no_sync);
+      act(meeting.get());
+    }
+  }
+  __tsan_switch_to_fiber(scheduler, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
 class Worker;
 thread_local Worker* current = nullptr;
 
@@ -272,6 +323,7 @@ class Worker {
       if (dynamic_bytes) std::memset(dynamic_, 0xff, dynamic_bytes);
       random_ = launch.seed == 0 ? 0 : (launch.seed + block) * 0x9e3779b97f4a7c15u | 1;
       run_block();
+      if (fresh_memory) break;
     }
     std::free(dynamic_);
     current = nullptr;
@@ -290,6 +342,9 @@ class Worker {
   void fiber_main() {
     running_->stack->entered();
     launch_->run();
+#ifdef MMBAL_EMULATION_TSAN
+    __tsan_release(launch_);
+#endif
     running_->state = Fiber::exited;
     running_->stack->leave(true);
   }
@@ -362,7 +417,8 @@ class Worker {
     const unsigned bit = 1u << thread % warpSize;
     switch (fiber.state) {
       case Fiber::exited:
-        stacks_.push_back(std::move(fiber.stack));
+        fiber.stack->ended();
+        free_stack(fiber);
         --alive_;
         warp.alive &= ~bit;
         release_block();
@@ -384,6 +440,11 @@ class Worker {
     return true;
   }
 
+  void free_stack(Fiber& fiber) {
+    if (!fresh_memory) stacks_.push_back(std::move(fiber.stack));
+    fiber.stack.reset();
+  }
+
   static bool same_place(const Fiber& a, const Fiber& b) {
     return a.operation == b.operation && a.at.line == b.at.line &&
            std::strcmp(a.at.file, b.at.file) == 0;
@@ -401,8 +462,13 @@ class Worker {
       count += fiber.value;
     }
     waiting_ = 0;
-    for (Fiber& fiber : fibers_)
-      if (fiber.state != Fiber::exited) fiber.value = count;
+    std::vector<const Fiber*> met;
+    for (Fiber& fiber : fibers_) {
+      if (fiber.state == Fiber::exited) continue;
+      fiber.value = count;
+      met.push_back(&fiber);
+    }
+    synchronise(met);
     for (Warp& warp : warps_) warp.ready = warp.alive;
   }
 
@@ -420,8 +486,14 @@ class Worker {
       values[i] = lanes[i].value;
       ballot |= (values[i] & 1) << i;
     }
-    for (int i = 0; i < warpSize; ++i)
-      if (members >> i & 1) lanes[i].value = lanes[i].source < 0 ? ballot : values[lanes[i].source];
+    std::vector<const Fiber*> met;
+    for (int i = 0; i < warpSize; ++i) {
+      if ((members >> i & 1) == 0) continue;
+      lanes[i].value = lanes[i].source < 0 ? ballot : values[lanes[i].source];
+      met.push_back(&lanes[i]);
+    }
+    // Votes and shuffles move values and order nothing else.
+    if (std::strcmp(asking.operation, "__syncwarp") == 0) synchronise(met);
     warp.waiting &= ~members;
     warp.ready |= members;
   }
@@ -454,7 +526,7 @@ class Worker {
     for (Fiber& fiber : fibers_) {
       if (!fiber.stack) continue;
       fiber.stack->abandon();
-      stacks_.push_back(std::move(fiber.stack));
+      free_stack(fiber);
     }
   }
 
@@ -499,25 +571,31 @@ bool spoils_capture() {
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& run) {
   static std::mutex one_at_a_time;
-  static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
   std::lock_guard<std::mutex> lock(one_at_a_time);
   ++counters().launches;
 
   const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
   const uint64_t blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
-#ifdef MMBAL_EMULATION_ASAN
-  const uint64_t workers = 1;  // they would share `__shared__`
+#if defined(MMBAL_EMULATION_ASAN) || defined(MMBAL_EMULATION_TSAN)
+  const uint64_t workers = 1;  // under the former they would share `__shared__`
 #else
   const uint64_t workers = std::min(
       {std::max<uint64_t>(environment("MMBAL_EMULATION_BLOCKS", 1), 1), blocks, uint64_t{64}});
 #endif
-  while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
   Launch state{config, run, seed, blocks, Order(seed, blocks), workers};
+#ifdef MMBAL_EMULATION_TSAN
+  while (state.next < blocks && !state.failed)
+    std::thread([&state] { Worker().run(state, 0); }).join();
+  __tsan_acquire(&state);
+#else
+  static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
+  while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
   std::vector<std::thread> threads;
   for (size_t i = 1; i < workers; ++i)
     threads.emplace_back([&state, i, worker = pool[i].get()] { worker->run(state, i); });
   pool[0]->run(state, 0);
   for (std::thread& thread : threads) thread.join();
+#endif
   return record(state.failed ? cudaErrorLaunchFailure : cudaSuccess);
 }
 

@@ -398,6 +398,68 @@ void capture() {
 }
 #endif
 
+// ---- memory that threads share, for the race detector: right, or without what orders it
+
+// Lanes of a warp pass values through memory.
+template <bool with_syncwarp>
+__global__ void pass_in_warp(int* out) {
+  __shared__ int values[32];
+  const int t = static_cast<int>(threadIdx.x);
+  values[t] = t;
+  if (with_syncwarp)
+    __syncwarp();
+  else
+    __shfl_sync(full, t, 0);  // orders no memory
+  out[t] = values[31 - t];
+}
+
+// A block reads what the one before it wrote.
+template <bool with_wait>
+__global__ void pass_to_next(unsigned* turn, unsigned* values) {
+  __shared__ unsigned mine;
+  if (threadIdx.x == 0) mine = atomicAdd(turn, 1);
+  __syncthreads();
+  if (threadIdx.x == 1 && mine > 0) {
+    if (with_wait)
+      while (atomicAdd(turn + mine, 0) == 0) __nanosleep(32);
+    values[mine] += values[mine - 1];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  atomicExch(turn + mine + 1, 1u);
+}
+
+template <bool with_atomics>
+__global__ void count(unsigned* out) {
+  if (with_atomics)
+    atomicAdd(out, 1);
+  else
+    ++*out;
+}
+
+void shared_memory(bool ordered) {
+  std::vector<int> out(32);
+  REQUIRE(start(1, 32, ordered ? pass_in_warp<true> : pass_in_warp<false>, out.data()) ==
+          cudaSuccess);
+}
+
+void results_of_another_block(bool ordered) {
+  std::vector<unsigned> turn(9), values(8, 1);
+  REQUIRE(start(8, 32, ordered ? pass_to_next<true> : pass_to_next<false>, turn.data(),
+                values.data()) == cudaSuccess);
+  REQUIRE(!ordered || values[7] == 8);
+}
+
+void counter(bool ordered) {
+  unsigned out = 0;
+  for (int i = 1; i <= 2; ++i) {  // one launch comes after the other
+    REQUIRE(start(2, 64, ordered ? count<true> : count<false>, &out) == cudaSuccess);
+    REQUIRE(!ordered || out == 128u * static_cast<unsigned>(i));
+    ++out, --out;
+  }
+}
+
 // ---- memory errors, for the sanitizers to find
 
 __global__ void writes(float* out, float* offset) {
@@ -450,6 +512,12 @@ int main(int argc, char** argv) {
 #ifdef MMBAL_CUDA_EMULATED
       {"capture", capture},
 #endif
+      {"shared_memory", [] { shared_memory(true); }},
+      {"missing_syncwarp", [] { shared_memory(false); }},
+      {"results_of_another_block", [] { results_of_another_block(true); }},
+      {"missing_wait", [] { results_of_another_block(false); }},
+      {"counter", [] { counter(true); }},
+      {"missing_atomic", [] { counter(false); }},
       {"shared_overflow", shared_overflow},
       {"global_overflow", global_overflow},
       {"misaligned", misaligned},
