@@ -97,8 +97,7 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
             )
         if each.device != device:
             raise ValueError(
-                f"{op}: logits and target must be on one device "
-                f"(got {each.device} and {device})"
+                f"{op}: logits and target must be on one device (got {each.device} and {device})"
             )
     soft = target.is_floating_point()
     if not soft and target.dtype not in INTEGERS:

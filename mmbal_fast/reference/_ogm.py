@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmbal_fast.reference._noise import chunks, flat, is_dense, normals
 
-Rule: TypeAlias = Literal["cvpr2022", "cvpr2022_excess", "tpami2024"] | Callable[[Tensor], Tensor]
+Rule: TypeAlias = Literal["cvpr2022", "cvpr2022_excess", "tpami2024"] | Callable[..., Tensor]
 """How a discrepancy ratio becomes a coefficient: a published rule, or a callable."""
 
 RULES: dict[str, Callable[[Tensor, float], Tensor]] = {

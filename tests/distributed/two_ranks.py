@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -50,10 +54,100 @@ from tests.distributed.greedy import (  # noqa: F401  - run with those below
     check_utilization_is_of_all_data_on_request,
 )
 from tests.host_reads import host_reads
+from tests.methods.cases import CASES
 
 
 def check_ddp_equals_one_process(folder: Path) -> None:
     ddp_equals_one_process()
+
+
+def check_every_method_decides_alike_on_all_ranks(folder: Path) -> None:
+    """And as one process does with the whole batch."""
+
+    def average(grad: Tensor) -> None:
+        dist.all_reduce(grad)
+        grad /= dist.get_world_size()
+
+    half = slice(0, 4) if dist.get_rank() == 0 else slice(4, 8)
+    for case in CASES:
+        run = case.run()
+        run.part, run.average = half, average
+        with uninitialized():
+            whole = case.run()
+            for number in range(6):
+                whole.step(number)
+        for number in range(6):
+            run.step(number)
+            run.method.check_in_sync()
+        assert all(equal_on_all_ranks(each) for each in run.model.parameters()), case
+        if case.method is mmbal_fast.GreedyBalancing:
+            continue  # MMTMs average over their own rank's samples unless asked for more
+        for mine, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=str(case))
+
+
+def check_settings_that_differ_are_named(folder: Path) -> None:
+    for case in CASES:
+        for name, (value, _) in case.settings.items():
+            method = case.run().method
+            message = refusal_where_rank_1_has(method, name, value, "hash of .*" + name)
+            assert type(method).__name__ + ".check_in_sync" in message
+
+
+def check_models_that_hold_a_method_are_copied(folder: Path) -> None:
+    """Under DDP, in a group of its own or in all of them: deep copies, pickles, averages."""
+    own = dist.new_group([0, 1])
+    for case in CASES:
+        for group in (None, own):
+            run = case.run()
+            run.method.process_group = group
+            run.step(0)
+            run.method._join()  # if its step did not
+            assert run.method._group is not None
+            net: Any = run.model
+            net.balancer = run.method
+            wrapped = DistributedDataParallel(net)
+            copied = copy.deepcopy(net)
+            assert copied.balancer.process_group is group
+            averaged = torch.optim.swa_utils.AveragedModel(net)
+            averaged.update_parameters(net)
+            copy.deepcopy(wrapped.module)
+            file = io.BytesIO()
+            torch.save(net, file)
+            file.seek(0)
+            torch.load(file, weights_only=False)
+            loaded = pickle.loads(pickle.dumps(net))
+            if group is None:
+                loaded.balancer.check_in_sync()
+            else:
+                with pytest.raises(RuntimeError, match="process_group must be assigned again"):
+                    loaded.balancer.check_in_sync()
+                loaded.balancer.process_group = own
+                loaded.balancer.check_in_sync()
+            copied.balancer.check_in_sync()
+            assert copied.balancer._group is not None
+
+
+def check_the_padding_row_of_a_sharded_table_stays_zero(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for dim in (0, 1):
+        for padding in (0, 3, 4):
+            table = nn.Embedding(5, 6, padding_idx=padding)
+            table.weight = nn.Parameter(
+                distribute_tensor(table.weight.detach(), mesh, [Shard(dim)])
+            )
+            grad = torch.arange(30.0).reshape(5, 6)
+            grad[padding] = 0.0
+            table.weight.grad = distribute_tensor(grad, mesh, [Shard(dim)])
+            other = nn.Linear(2, 2)
+            other.weight.grad = torch.ones(2, 2)
+            balancer = mmbal_fast.OGMGE(
+                {"a": table, "b": other}, alpha=0.5, select=lambda name, p: p.ndim == 2
+            )
+            balancer.observe(scores=torch.tensor([2.0, 1.0]))
+            balancer.step()
+            rows = table.weight.grad.full_tensor().abs().sum(1)
+            assert [row == 0 for row in rows.tolist()] == [i == padding for i in range(5)]
 
 
 def check_a_rank_without_samples(folder: Path) -> None:

@@ -49,7 +49,7 @@ class Joined(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict(
+        self.branches: Any = nn.ModuleDict(
             {
                 name: nn.ModuleList([nn.Linear(width, 4), nn.Linear(4, CLASSES)])
                 for name, width in WIDTHS.items()
@@ -92,6 +92,14 @@ class Run:
 
     model: nn.Module
     method: Any
+    part = slice(None)
+    """Of every batch: this rank's samples."""
+    average: Callable[[Tensor], object] | None = None
+    """Takes the mean of a gradient over the ranks, in place, as DistributedDataParallel does."""
+
+    def batch(self, number: int) -> tuple[dict[str, Tensor], Tensor]:
+        batch, target = batch_of(number)
+        return {name: each[self.part] for name, each in batch.items()}, target[self.part]
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         self.model, self.method = model, method
@@ -109,6 +117,10 @@ class Run:
     ) -> None:
         self.optimizer.zero_grad()
         given = self.backward(number, scaler.scale if scaler is not None else lambda loss: loss)
+        if self.average is not None:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    self.average(parameter.grad)
         if spoil is not None:
             spoil()
         if scaler is None:
@@ -137,7 +149,7 @@ class Modulated(Run):
     model: Net
 
     def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
-        batch, target = batch_of(number)
+        batch, target = self.batch(number)
         features = self.model.features(batch)
         scale(cross_entropy(self.model(features), target)).backward()
         logits = unimodal_logits(features, self.model.head)
@@ -153,7 +165,7 @@ class Weighted(Run):
     model: Net
 
     def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
-        batch, target = batch_of(number)
+        batch, target = self.batch(number)
         features = self.model.features(batch)
         logits = {name: self.model.heads[name](each) for name, each in features.items()}
         scale(self.method.loss({**logits, "fused": self.model(features)}, target)).backward()
@@ -168,7 +180,7 @@ class Branched(Run):
     """Branches joined by an MMTM."""
 
     def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
-        batch, target = batch_of(number)
+        batch, target = self.batch(number)
         losses = [cross_entropy(each, target) for each in self.model(batch).values()]
         scale(torch.stack(losses).sum()).backward()
 

@@ -782,3 +782,23 @@ def test_a_capture_refuses_what_a_graph_cannot_hold(native: Backend) -> None:
     with pytest.raises(AssertionError, match=r"aten.* would not be captured"):
         captured(native, copies)
     captured(native, lambda: None)
+
+
+def test_settings_may_change_every_epoch_under_a_compiler() -> None:
+    torch._dynamo.reset()  # other tests have compiled the same code
+    nets = [Net(), Net()]
+    for net, compiled in zip(nets, (False, True), strict=True):
+        balancer = net.balancer()
+        step = balancer.step
+        if compiled:
+            step = torch.compile(step, fullgraph=True, backend="eager")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for i in range(12):
+                balancer.alpha = 0.1 * i
+                balancer.noise = 0.05 + 0.1 * i
+                optimizer.zero_grad()
+                logits, target = backward(net, i)
+                step({name: each.detach() for name, each in logits.items()}, target)
+                optimizer.step()
+    assert torch.equal(nets[0].bits(), nets[1].bits())
