@@ -70,6 +70,14 @@ def test_no_code_hides_from_these_tests() -> None:
         assert not hidden, (page, hidden)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    """Where files are read as they are; `make docs` checks the links and anchors of the site."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
 def test_the_equivalent_of_ogm_ge_is_equivalent() -> None:
     by_word = {each.word: each for each in blocks(ROOT / "docs/ogm_ge.md")}
     step, equivalent = by_word["step"], by_word["equivalent"]
