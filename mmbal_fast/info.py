@@ -25,7 +25,7 @@ from mmbal_fast import _backend, functional, reference
 from mmbal_fast._version import __version__
 
 TOLERANCE = 1e-5
-"""Largest deviation that passes, relative to `max(1, |value|)`. Correct kernels stay below 1e-6."""
+"""Largest deviation that passes, relative to ``max(1, |value|)``. Correct kernels stay below 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def check(operation: str, device: torch.device) -> Check:
         device: where to run it.
 
     Returns:
-        The largest deviation, relative to `max(1, |value|)`, or what went wrong.
+        The largest deviation, relative to ``max(1, |value|)``, or what went wrong.
     """
     native = _backend.runs(device) is not None
     deviation = failure = None

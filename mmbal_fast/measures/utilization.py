@@ -141,7 +141,7 @@ def conditional_utilization(
             this process alone, so that one rank may evaluate while others do not.
 
     Returns:
-        The table: ``u``, ``d_util``, accuracies, and a printable form. Negative rates are as they
+        The table of ``u``, ``d_util``, accuracies, and a printable form. Negative rates are as they
         are: the branch is more often right without the others.
 
     Raises:

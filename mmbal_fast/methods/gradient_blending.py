@@ -189,7 +189,7 @@ class GradientBlending(LossWeighting):
         A collective call, if there are several ranks. Reads the device once.
 
         Returns:
-            The measurement, which is also appended to `history`. The weights change in place, so
+            The measurement, which is also appended to ``history``. The weights change in place, so
             that a captured CUDA graph sees them.
 
         Warns:
