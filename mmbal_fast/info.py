@@ -25,7 +25,7 @@ from mmbal_fast import _backend, functional, reference
 from mmbal_fast._version import __version__
 
 TOLERANCE = 1e-5
-"""Largest deviation that passes, relative to ``max(1, |value|)``. Correct kernels stay at 1e-6."""
+"""Largest passing deviation, relative to ``max(1, |value|)``. Correct kernels stay below 1e-6."""
 
 
 @dataclass(frozen=True)
