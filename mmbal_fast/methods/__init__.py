@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from mmbal_fast.methods.dgl import DGL, DGLRecord
 from mmbal_fast.methods.gradient_blending import GradientBlending, SuperEpoch
 from mmbal_fast.methods.greedy_balancing import GreedyBalancing, GreedyLog, GreedyRecord
 from mmbal_fast.methods.ogm_ge import OGMGE
+from mmbal_fast.methods.opm import OPM, Dropped, OPMRecord
 
 __all__ = [
+    "DGL",
     "OGMGE",
+    "OPM",
+    "DGLRecord",
+    "Dropped",
     "GradientBlending",
     "GreedyBalancing",
     "GreedyLog",
     "GreedyRecord",
+    "OPMRecord",
     "SuperEpoch",
 ]

@@ -139,7 +139,7 @@ def _refuse_per_sample(op: str, groups: ParameterGroups, index: int) -> None:
     if not getattr(each, "_processed", False):
         raise RuntimeError(
             f"{op}: the gradient of '{groups.names[index]}' must be final, but its optimizer will "
-            "compute it anew from per-sample gradients; call this from the optimizer's step hook, as in "
-            "optimizer.attach_step_hook(lambda optimizer: method.step(logits, target)) "
+            "compute it anew from per-sample gradients; call this from the optimizer's step hook, "
+            "as in optimizer.attach_step_hook(lambda optimizer: method.step(logits, target)) "
             "(got grad_sample)"
         )

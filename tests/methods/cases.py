@@ -176,6 +176,37 @@ class Weighted(Run):
                 self.method.update()
 
 
+class Routed(Run):
+    """Losses of each modality's own head, and of a fusion of detached features."""
+
+    model: Net
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        batch, target = self.batch(number)
+        features = self.model.features(batch)
+        own = {
+            name: cross_entropy(self.model.heads[name](each), target)
+            for name, each in features.items()
+        }
+        fused = cross_entropy(self.model(self.method.detached(features)), target)
+        scale(self.method.loss(fused, own)).backward()
+
+
+class Dropping(Run):
+    """Features are dropped before the fusion."""
+
+    model: Net
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        batch, target = self.batch(number)
+        features = self.model.features(batch)
+        logits = unimodal_logits(features, self.model.head)
+        self.method.observe({name: each.detach() for name, each in logits.items()}, target)
+        dropped, weight = self.method(features)
+        losses = cross_entropy(self.model(dropped), target, reduction="none")
+        scale((losses * weight).sum() / len(target)).backward()
+
+
 class Branched(Run):
     """Branches joined by an MMTM."""
 
@@ -199,6 +230,8 @@ class Case:
     """For every `Setting` another value, and one that is refused."""
     bad_calls: tuple[Callable[[Run], object], ...] = ()
     """Calls that must raise and change nothing; gradients are there when they come."""
+    alike: bool = True
+    """Whether ranks with a part of a batch each do what one process does with all of it."""
     skips: bool = True
     """Whether a `GradScaler` that skips a step concerns it."""
 
@@ -255,6 +288,8 @@ WEIGHTING_CALLS: tuple[Callable[[Run], object], ...] = (
 )
 WEIGHTING_SETTINGS = {"label_smoothing": (0.1, 2.0), "ignore_index": (7, 1.5)}
 
+OWN = {name: torch.zeros(()) for name in NAMES}
+
 CASES = (
     Case(
         "OGM-GE",
@@ -284,10 +319,39 @@ CASES = (
         skips=False,
     ),
     Case(
+        "DGL",
+        mmbal_fast.DGL,
+        lambda: Routed(filled(Net()), mmbal_fast.DGL(NAMES)),
+        {"alpha": (1.5, -1.0)},
+        (
+            lambda run: run.method.detached({"audio": LOGITS["audio"]}),
+            lambda run: run.method.loss(torch.zeros(()), {"audio": torch.zeros(())}),
+            lambda run: run.method.loss(torch.zeros(2), OWN),
+            lambda run: run.method.loss(torch.zeros(()), [torch.zeros(())] * 3),
+        ),
+        skips=False,
+    ),
+    Case(
+        "OPM",
+        mmbal_fast.OPM,
+        lambda: Dropping(filled(Net()), mmbal_fast.OPM(NAMES, seed=3)),
+        {"base": (0.3, 1.5), "strength": (0.1, -1.0), "apply": (1.0, float("nan"))},
+        (
+            lambda run: run.method({"audio": LOGITS["audio"]}),
+            lambda run: run.method({**LOGITS, "text": LOGITS["text"][:1]}),
+            lambda run: run.method({**LOGITS, "text": LABELS}),
+            lambda run: run.method.observe({"audio": LOGITS["audio"]}, LABELS),
+            lambda run: run.method.observe(LOGITS, LABELS + 7),
+        ),
+        alike=False,  # each rank draws for its own samples
+        skips=False,
+    ),
+    Case(
         "greedy balancing",
         mmbal_fast.GreedyBalancing,
         greedy,
         {"warmup_steps": (3, -1), "epsilon": (0.5, float("nan")), "window": (4, 2.5)},
         (lambda run: run.method.step(grad_scaler=GradScaler("cpu")),),
+        alike=False,  # MMTMs average over their own rank's samples unless asked for more
     ),
 )
