@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmbal_fast.fusion.log_linear_pool import LogLinearPool
 from mmbal_fast.fusion.typicality_gate import TypicalityGate
 
-__all__ = ["TypicalityGate"]
+__all__ = ["LogLinearPool", "TypicalityGate"]

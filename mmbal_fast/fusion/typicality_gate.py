@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import _progress
+from mmbal_fast.fusion._buffers import WideBuffers
 from mmbal_fast.nn._late_fusion import evaluating
 from mmbal_fast.nn._pool import at_least_float32, log_linear_pool, log_probabilities
 
@@ -321,7 +322,7 @@ class TypicalityGate(nn.Module):
         return target.to(first.device, torch.int64)
 
 
-class _Typical(nn.Module):
+class _Typical(WideBuffers):
     """Where the features of one modality lie."""
 
     center: Tensor
@@ -357,15 +358,6 @@ class _Typical(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.fitted = not (self.deviation.is_meta or bool(self.deviation.isnan()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.half()` must not round a covariance: half precision moves the buffers only.
-        def kept(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
-
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 class _Scatter:
