@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmbal_fast import functional
 from mmbal_fast.functional._blending_weights import check_floor
+from mmbal_fast.nn._pool import log_linear_pool, log_probabilities
 from mmbal_fast.reference._blending import FLOOR, increments
 from mmbal_fast.training import LossWeighting, Setting, WeightingRecord
 from mmbal_fast.training.method import tensor
@@ -130,6 +131,36 @@ class GradientBlending(LossWeighting):
         self.floor = floor
         self.history = []
         self._sums: dict[Split, Tensor] = {}
+
+    def predict(self, logits: Mapping[str, Tensor | None]) -> Tensor:
+        """The prediction of all heads together: ``log softmax sum_k w_k log p_k``.
+
+        Needs nothing beyond the weights, but these have to come from validation data that look like
+        the target. A head of weight 0 was not trained, the fused one included: predicting from it
+        alone is at chance where the weighted heads are not. See `mmbal_fast.fusion.LogLinearPool`
+        for weights that are fitted to the prediction itself.
+
+        Args:
+            logits: ``[B, C]`` or ``[B, C, ...]`` for each head, or None where one is missing.
+
+        Returns:
+            Log-probabilities of the same shape, at least float32.
+
+        Raises:
+            ValueError: a head is unknown or not named, no logits at all, or different shapes.
+            TypeError: logits that are no floating point tensors.
+
+        Example:
+            >>> import torch
+            >>> from mmbal_fast import GradientBlending
+            >>> blending = GradientBlending(["audio", "fused"], weights=[1.0, 0.0])
+            >>> audio, fused = torch.tensor([[0.0, 1.0]]), torch.tensor([[9.0, 0.0]])
+            >>> blending.predict({"audio": audio, "fused": fused}).argmax(dim=1)
+            tensor([1])
+        """
+        log_probs = log_probabilities(f"{type(self).__name__}.predict", self.names, logits)
+        device = next(each.device for each in log_probs if each is not None)
+        return log_linear_pool(log_probs, self._weights.to(device))
 
     def record(
         self,

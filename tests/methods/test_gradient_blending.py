@@ -382,3 +382,32 @@ def test_plot_draws_every_head(tmp_path: Path) -> None:
         assert ratios.tolist()[1:] == [each.ratio[k] for each in blending.history[1:]]
     figure.savefig(tmp_path / "blending.png")
     assert (tmp_path / "blending.png").stat().st_size > 1000
+
+
+# ---- prediction
+
+
+def test_predicts_with_the_weights() -> None:
+    torch.manual_seed(0)
+    logits = {name: 2 * torch.randn(6, 4) for name in ("audio", "image", "fused")}
+    blending = GradientBlending(list(logits), weights=[0.6, 0.4, 0.0])
+    expected = 0.6 * logits["audio"].softmax(1).log() + 0.4 * logits["image"].softmax(1).log()
+    torch.testing.assert_close(blending.predict(logits), expected.log_softmax(1))
+    assert torch.equal(
+        blending.predict(logits | {"fused": None}), blending.predict(logits)
+    )  # of weight 0
+    half = {name: each.half() for name, each in logits.items()}
+    assert blending.predict(half).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ({"audio": torch.zeros(2, 3)}, r"logits must name \['audio', 'fused'\] \(got"),
+        ({"audio": None, "fused": None}, r"logits must hold at least one tensor"),
+        ({"audio": torch.zeros(2, 3), "fused": torch.zeros(2, 4)}, r"logits must have one shape"),
+    ],
+)
+def test_prediction_of_other_logits(logits: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"GradientBlending.predict: {message}"):
+        GradientBlending(["audio", "fused"]).predict(logits)
