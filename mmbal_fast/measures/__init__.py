@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from mmbal_fast.measures.blending_estimate import BlendingEstimate, estimate_blending_weights
+from mmbal_fast.measures.diagnosis import Diagnosis, diagnose
 from mmbal_fast.measures.learning_speed import ConditionalLearningSpeed
 from mmbal_fast.measures.utilization import UtilizationTable, conditional_utilization
 
 __all__ = [
     "BlendingEstimate",
     "ConditionalLearningSpeed",
+    "Diagnosis",
     "UtilizationTable",
     "conditional_utilization",
+    "diagnose",
     "estimate_blending_weights",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmbal_fast import _progress
 from mmbal_fast.measures._branches import find_mmtms
 from mmbal_fast.nn import MMTM
 
@@ -170,12 +169,10 @@ def conditional_utilization(
     branches = len(mmtms[0].channels)
     if names is not None and len(names) != branches:
         raise ValueError(f"{_OP}: names must name {branches} branches (got {list(names)})")
-    if progress is None:
-        progress = importlib.util.find_spec("rich") is not None and sys.stderr.isatty()
     run = forward or (lambda batch: _run(model, batch))
     passes = [("squeezed means", loader if train_loader is None else train_loader)]
     passes.append(("utilization", loader))
-    steps = [_shown(batches, title) if progress else batches for title, batches in passes]
+    steps = [_progress.shown(batches, title, progress) for title, batches in passes]
     device = next(model.parameters()).device
     # Row 0: everything visible; row 1 + i: branch i hidden; last column: number of labels.
     counts = torch.zeros(1 + branches, branches + 1, dtype=torch.int64, device=device)
@@ -309,11 +306,3 @@ def _preserved(model: nn.Module, mmtms: Sequence[MMTM]) -> Iterator[None]:
                 setattr(module, name, buffer.copy_(saved))
             for mmtm, group in zip(mmtms, groups, strict=True):
                 mmtm.process_group = group
-
-
-def _shown(batches: Iterable[Any], title: str) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    length = len(batches) if isinstance(batches, Sized) else None
-    return track(batches, title, total=length, console=Console(stderr=True))
