@@ -207,6 +207,17 @@ class Dropping(Run):
         scale((losses * weight).sum() / len(target)).backward()
 
 
+class Featured(Run):
+    """A method that changes the features before the fusion."""
+
+    model: Net
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        batch, target = self.batch(number)
+        features = self.method(self.model.features(batch))
+        scale(cross_entropy(self.model(features), target)).backward()
+
+
 class Branched(Run):
     """Branches joined by an MMTM."""
 
@@ -259,6 +270,13 @@ def greedy() -> Run:
     net = filled(Joined())
     return Branched(
         net, mmbal_fast.GreedyBalancing(net, warmup_steps=1, window=2, epsilon=0.0, log_size=7)
+    )
+
+
+def shuffling() -> Run:
+    """A run that shuffles two of three modalities."""
+    return Featured(
+        filled(Net()), mmbal_fast.fusion.ShuffleModality(NAMES, anchor="text", probability=0.6)
     )
 
 
@@ -353,5 +371,21 @@ CASES = (
         {"warmup_steps": (3, -1), "epsilon": (0.5, float("nan")), "window": (4, 2.5)},
         (lambda run: run.method.step(grad_scaler=GradScaler("cpu")),),
         alike=False,  # MMTMs average over their own rank's samples unless asked for more
+    ),
+    Case(
+        "shuffling",
+        mmbal_fast.fusion.ShuffleModality,
+        shuffling,
+        {"probability": (0.3, 1.5)},
+        (
+            lambda run: run.method({"audio": LOGITS["audio"]}),
+            lambda run: run.method({**LOGITS, "text": LOGITS["text"][:1]}),
+            lambda run: run.method({**LOGITS, "text": LABELS}),
+            lambda run: run.method.observe(LOGITS, LABELS + 7),
+            lambda run: run.method.choose_anchor(),
+            lambda run: setattr(run.method, "anchor", "smell"),
+        ),
+        alike=False,  # partners are of the same rank
+        skips=False,
     ),
 )
