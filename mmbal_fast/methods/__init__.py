@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmbal_fast.methods.agm import AGM
 from mmbal_fast.methods.dgl import DGL, DGLRecord
 from mmbal_fast.methods.gradient_blending import GradientBlending, SuperEpoch
 from mmbal_fast.methods.greedy_balancing import GreedyBalancing, GreedyLog, GreedyRecord
@@ -9,6 +10,7 @@ from mmbal_fast.methods.ogm_ge import OGMGE
 from mmbal_fast.methods.opm import OPM, Dropped, OPMRecord
 
 __all__ = [
+    "AGM",
     "DGL",
     "OGMGE",
     "OPM",

@@ -35,11 +35,9 @@ class ModulationRecord(Record):
     The tensors are views of buffers that the next step overwrites; `clone` keeps them.
     """
 
-    scores: Tensor = field(
-        metadata={"title": "Contribution", "label": "score of the batch", "from": 0.0}
-    )
+    scores: Tensor = field(metadata={"title": "Contribution", "label": "score of the batch"})
     """float32 ``[M]``: what each modality contributes, over all ranks; for OGM-GE the summed
-    softmax probability of the true class."""
+    softmax probability of the true class. Each method says what it is there."""
     ratios: Tensor = field(
         metadata={
             "title": "Discrepancy: above 1 dominates", "label": "ratio", "log": True, "line": 1.0,
@@ -230,11 +228,15 @@ class GradientModulation(Method):
                 f"(got {list(values.shape)})"
             )
         self._place(values.device)
+        self._add(values.detach())
+
+    def _add(self, scores: Tensor) -> None:
+        """Adds the user's own scores, floating point ``[M]``, to those since the last step."""
         row = self._rows[0]
         if self._pending_scores:
-            row += values.detach()
+            row += scores
         else:
-            row.copy_(values.detach())
+            row.copy_(scores)
         self._derive(summed=True)
 
     def step(
@@ -366,6 +368,10 @@ class GradientModulation(Method):
             advance=scaler is None,
             unscaling=fused,
         )
+        self._scale_shared()
+
+    def _scale_shared(self) -> None:
+        """Scales gradients that no single modality owns; they are unscaled by now."""
 
     def _sum_scores(self) -> dist.Work | None:
         """Starts to sum the scores over the ranks."""

@@ -21,6 +21,12 @@ Parameters: TypeAlias = nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str,
 Select: TypeAlias = Callable[[str, nn.Parameter], bool]
 """Whether a parameter's gradient is modulated, from its name and itself."""
 
+
+def every(name: str, parameter: nn.Parameter) -> bool:
+    """Selects all parameters, for methods whose papers leave none out."""
+    return True
+
+
 _ADDED_BY_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What goes from names, so that a run may resume with or without the wrapper."""
 

@@ -260,6 +260,13 @@ def modulation(method: type, **options: Any) -> Callable[[], Run]:
     return run
 
 
+def adaptive() -> Run:
+    """A run of AGM with the head's columns."""
+    net = filled(Net())
+    method = mmbal_fast.AGM(net.encoders, alpha=0.5, head=net.head, widths=dict.fromkeys(NAMES, 4))
+    return Modulated(net, method)
+
+
 def weighting(method: type) -> Callable[[], Run]:
     """A run of a weighting of losses."""
     return lambda: Weighted(filled(Net()), method([*NAMES, "fused"]))
@@ -315,6 +322,9 @@ CASES = (
         modulation(mmbal_fast.OGMGE, alpha=0.5, seed=3),
         {"alpha": (0.1, -1), "noise": (0.5, "1"), "rule": ("tpami2024", "cvpr2023")},
         MODULATION_CALLS,
+    ),
+    Case(
+        "AGM", mmbal_fast.AGM, adaptive, {"alpha": (0.1, -1), "noise": (0.5, "1")}, MODULATION_CALLS
     ),
     Case(
         "uniform",
