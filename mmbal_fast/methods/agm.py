@@ -64,8 +64,8 @@ class AGM(MeanModulation):
         >>> loss = nn.functional.cross_entropy(head(torch.cat(list(features.values()), 1)), target)
         >>> loss.backward()
         >>> record = balancer.step(mmbal_fast.nn.unimodal_logits(features, head), target)
-        >>> record.ratios.prod()  # of two modalities one is ahead by as much as the other is behind
-        tensor(1.)
+        >>> bool((record.coefficients < 1).sum() == 1)  # one of the two is ahead
+        True
     """
 
     alpha = Setting(_checks.number)

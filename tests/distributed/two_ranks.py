@@ -53,6 +53,9 @@ from tests.distributed.greedy import (  # noqa: F401  - run with those below
     check_the_communication_of_greedy_balancing,
     check_utilization_is_of_all_data_on_request,
 )
+from tests.distributed.modulations import (  # noqa: F401  - run with those below
+    check_modulations_on_shares_equal_one_process,
+)
 from tests.host_reads import host_reads
 from tests.methods.cases import CASES
 
