@@ -155,3 +155,12 @@ def test_the_version_is_the_same_everywhere(path: str, pattern: str) -> None:
     found = re.search(pattern, (ROOT / path).read_text(), re.MULTILINE)
     assert found is not None
     assert found[1] == mmbal_fast.__version__
+
+
+def test_how_to_cite_is_said_for_every_method() -> None:
+    text = (ROOT / "docs/citing.md").read_text()
+    exported = [getattr(mmbal_fast, name) for name in mmbal_fast.methods.__all__]
+    methods = [each for each in exported if issubclass(each, mmbal_fast.Method)]
+    assert methods
+    missing = [each.__name__ for each in methods if f"`{each.__name__}" not in text]
+    assert not missing
