@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._logits import rows
+from mmbal_fast.functional._logits import classes_second, rows
 from mmbal_fast.functional._operation import Operation
 from mmbal_fast.reference._blending import compute_dtype
 
@@ -23,6 +23,7 @@ def blended_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of several heads for one target, in one pass.
 
@@ -33,11 +34,12 @@ def blended_cross_entropy(
         loss = sum(w * each for w, each in zip(weights, per_head))
 
     except that a head of weight 0 is left out: neither its loss nor its gradient (which is 0) can
-    make the others NaN when it has diverged.
+    make the others NaN when it has diverged. Differentiable once by kernels; more often, and in
+    `torch.func.grad` and its like, as plain PyTorch.
 
     Args:
-        logits: K >= 2 tensors of one shape ``[B, C]`` or ``[B, C, ...]``: float64, float32, float16
-            or bfloat16, on one device.
+        logits: K >= 2 tensors of one shape ``[B, C]`` or ``[B, C, ...]``, C >= 2: float64, float32,
+            float16 or bfloat16, on one device.
         target: class indexes, integer, ``[B]`` or ``[B, ...]``; or soft labels, floating point, of
             the shape of the logits.
         weights: ``[K]``, a tensor on the logits' device (not read by the host) or numbers.
@@ -45,6 +47,8 @@ def blended_cross_entropy(
         label_smoothing: 0 to 1, default 0, as in ``torch.nn.functional.cross_entropy``.
         ignore_index: samples with this label do not count; default -100, as in
             ``torch.nn.functional.cross_entropy``. Not used for soft labels.
+        class_dim: dimension of the classes in logits and soft labels; default 1, as in
+            ``torch.nn.functional.cross_entropy``. -1 for token logits ``[B, T, C]``.
 
     Returns:
         ``loss``, a scalar, and ``per_head_losses`` ``[K]``, detached: the means over the samples
@@ -54,9 +58,9 @@ def blended_cross_entropy(
         ``torch.nn.functional.cross_entropy``.
 
     Raises:
-        ValueError: K < 2; logits of different shapes or devices; target or weights of another
-            length; ``label_smoothing`` outside 0 to 1; ``weights`` or soft labels that require
-            grad.
+        ValueError: K < 2; C < 2; logits of different shapes or devices; target or weights of
+            another length; soft labels that are no distribution, on the CPU (elsewhere they are not
+            read); ``label_smoothing`` outside 0 to 1; ``weights`` or soft labels that require grad.
         TypeError: logits that are not floating point; a target that is neither integer nor floating
             point.
         IndexError: a label outside ``[0, C)`` other than ``ignore_index``, on the CPU. On other
@@ -74,6 +78,7 @@ def blended_cross_entropy(
         >>> audio.grad, fused.grad  # w * (softmax - one-hot)
         (tensor([[-0.0298,  0.0298]]), tensor([[-0.3750,  0.3750]]))
     """
+    logits, target = classes_second("blended_cross_entropy", logits, target, class_dim)
     loss, per_head, _ = blend(
         logits, target, weights, label_smoothing=label_smoothing, ignore_index=ignore_index
     )
@@ -226,12 +231,14 @@ def _reference_gradients(
     label_smoothing: float,
     ignore_index: int,
 ) -> list[Tensor]:
-    leaves = [each.detach().requires_grad_() for each in logits]
+    again = torch.is_grad_enabled()  # the gradients are differentiated in turn
+    # One that needs no gradient gets one of its own.
+    inputs = [x if again and x.requires_grad else x.detach().requires_grad_() for x in logits]
     with torch.enable_grad():
         loss, _ = reference.blended_cross_entropy(
-            leaves, target, weights, label_smoothing=label_smoothing, ignore_index=ignore_index
+            inputs, target, weights, label_smoothing=label_smoothing, ignore_index=ignore_index
         )
-    return list(torch.autograd.grad(loss, leaves, grad))
+    return list(torch.autograd.grad(loss, inputs, grad, create_graph=again))
 
 
 _gradients = Operation(

@@ -90,10 +90,16 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
             raise TypeError(
                 f"{op}: logits must be float32, float64, float16 or bfloat16 (got {each.dtype})"
             )
-        if each.ndim < 2 or each.shape != first.shape or each.shape[1] == 0:
+        if each.ndim < 2 or each.shape != first.shape:
             raise ValueError(
-                f"{op}: logits must have one shape [B, C] or [B, C, ...], C >= 1 "
+                f"{op}: logits must have one shape [B, C] or [B, C, ...] "
                 f"(got {[list(x.shape) for x in logits]})"
+            )
+        if each.shape[1] < 2:
+            raise ValueError(
+                f"{op}: logits must be of at least two classes; for a single logit x give "
+                "torch.stack([torch.zeros_like(x), x], 1) and labels 0 and 1 "
+                f"(got {list(each.shape)})"
             )
         if each.device != device:
             raise ValueError(
@@ -111,6 +117,24 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
         raise ValueError(
             f"{op}: target must have shape {list(expected)} as {kind} for logits of shape "
             f"{list(first.shape)} (got {list(target.shape)}, {target.dtype})"
+        )
+    if soft and target.device.type == "cpu" and not in_graph():
+        _distributions(op, target)
+
+
+def _distributions(op: str, target: Tensor) -> None:
+    """Soft labels that are not negative and add up to 1. Reads them: for the CPU."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return  # a transform of torch.func has no values to read
+    target = target.detach()
+    total = target.sum(1, dtype=torch.float64)
+    # Within what bfloat16 rounds; NaN fails too.
+    if not bool(((target >= 0).all(1) & ((total - 1).abs() <= 0.05)).all()):
+        raise ValueError(
+            f"{op}: soft labels must not be negative and must add up to 1 over the classes; give "
+            "several true labels of a sample equal shares, or a class index "
+            f"(got sums from {float(total.min()):.4g} to {float(total.max()):.4g}, least entry "
+            f"{float(target.min()):.4g})"
         )
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mmbal_fast import reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._logits import check_labels
+from mmbal_fast.functional._logits import check_labels, classes_second
 from mmbal_fast.functional._observe import native_scores_
 from mmbal_fast.functional._operation import Operation
 
 
 def contribution_scores(
-    logits: Sequence[Tensor], target: Tensor, *, ignore_index: int = -100
+    logits: Sequence[Tensor], target: Tensor, *, ignore_index: int = -100, class_dim: int = 1
 ) -> Tensor:
     """Contribution of each modality: the summed softmax probability of the true class.
 
@@ -26,17 +26,20 @@ def contribution_scores(
     modalities; nothing is read back to the host.
 
     Args:
-        logits: M tensors ``[B, C]`` or ``[B, C, ...]``, floating point; one per modality.
+        logits: M tensors ``[B, C]`` or ``[B, C, ...]``, C >= 2, floating point; one per modality.
         target: class indexes, integer, ``[B]`` or ``[B, ...]``; or soft labels, floating point, of
             the shape of the logits.
         ignore_index: samples with this label add nothing; default -100, as in
             ``torch.nn.functional.cross_entropy``. Not used for soft labels.
+        class_dim: dimension of the classes in logits and soft labels; default 1, as in
+            ``torch.nn.functional.cross_entropy``. -1 for token logits ``[B, T, C]``.
 
     Returns:
         float32 ``[M]`` without autograd graph, 0 for an empty batch.
 
     Raises:
-        ValueError: no logits, or shapes or devices that do not fit together.
+        ValueError: no logits, or shapes or devices that do not fit together; a single class; soft
+            labels that are no distribution, on the CPU (elsewhere they are not read).
         TypeError: logits that are not floating point, labels that are neither integer nor floating.
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index``, on the CPU. On CUDA
             such a sample adds nothing.
@@ -48,6 +51,7 @@ def contribution_scores(
         >>> functional.contribution_scores([confident, unsure], torch.tensor([0]))
         tensor([0.9999, 0.5000])
     """
+    logits, target = classes_second("contribution_scores", logits, target, class_dim)
     _checks.batch("contribution_scores", logits, target)
     return _operation(logits, target, ignore_index)
 

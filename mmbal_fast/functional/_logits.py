@@ -7,6 +7,29 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+def classes_second(
+    op: str, logits: Sequence[Tensor], target: Tensor, class_dim: int
+) -> tuple[list[Tensor], Tensor]:
+    """Logits and soft labels with the classes moved from ``class_dim`` to dimension 1.
+
+    Raises:
+        ValueError: the logits have no such dimension.
+    """
+    if class_dim == 1:
+        return list(logits), target
+
+    def moved(each: Tensor) -> Tensor:
+        if each.ndim < 2 or not -each.ndim <= class_dim < each.ndim:
+            raise ValueError(
+                f"{op}: class_dim must be a dimension of the logits "
+                f"(got {class_dim} for shape {list(each.shape)})"
+            )
+        return each.movedim(class_dim, 1)
+
+    soft = target.is_floating_point()
+    return [moved(each) for each in logits], moved(target) if soft else target
+
+
 def rows(tensor: Tensor) -> Tensor:
     """Values by class ``[B, C, ...]`` as contiguous rows ``[N, C]``, one for each label."""
     if tensor.ndim > 2:

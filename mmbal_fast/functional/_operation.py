@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from mmbal_fast import _backend
 
@@ -26,7 +26,8 @@ class Operation(Generic[Result]):
     through torch's dispatcher: for a list of a thousand tensors that alone takes longer than the
     kernels' whole host side. While torch.compile traces, the same call becomes one node of the
     graph, ``torch.ops.mmbal.<name>``, which runs the same code. Results are without autograd graph,
-    unless there is a ``backward``.
+    unless there is a ``backward``. Transforms of `torch.func` see the reference of those that have
+    one, and are refused by the others.
 
     Calls give the arguments of the schema by position. In a list of tensors there may be None, a
     64-bit word may be unsigned, and a number may stand for a ``Tensor``: a setting that changes
@@ -42,6 +43,7 @@ class Operation(Generic[Result]):
         reference: from the arguments.
         fake: results of the right shape, type and device without values, from the arguments.
         backward: the operation that gives the gradients of the first argument, a list of tensors.
+            Its reference must be differentiable where gradients are enabled.
         save: keeps what ``backward`` needs, from ``(ctx, inputs, output)``.
         saved: the arguments of ``backward``, from ``ctx`` and the gradients of the results.
     """
@@ -64,6 +66,7 @@ class Operation(Generic[Result]):
         inside = schema[len(self.name) + 1 : schema.index(") ->")]
         self._arguments = [each.split() for each in inside.split(", ")]  # type, name
         written = [name for type_, name in self._arguments if "!" in type_]
+        self._written = [i for i, (type_, _) in enumerate(self._arguments) if "!" in type_]
         # Replaces what a reload, or a purge of sys.modules, has left registered.
         definition = torch.library.custom_op(
             f"mmbal::{self.name}",
@@ -79,15 +82,24 @@ class Operation(Generic[Result]):
     def __call__(self, *arguments: Any, **eager: Any) -> Result:
         if torch.compiler.is_compiling():
             return self._in_graph(arguments)
+        if torch._C._functorch.maybe_current_level() is not None:
+            return self._in_transform(arguments)
         if self._backward is not None:
             result: Result = _Differentiable.apply(  # type: ignore[no-untyped-call]
                 self, arguments[1:], *arguments[0]
             )
             return result
-        if not torch.is_grad_enabled():  # switching takes 2 us
-            return self.run(*arguments, **eager)
-        with torch.no_grad():
-            return self.run(*arguments, **eager)
+        if self._written:
+            self._refuse_inference_tensors(arguments)
+        if torch.is_grad_enabled():  # switching takes 2 us
+            with torch.no_grad():
+                result = self.run(*arguments, **eager)
+        else:
+            result = self.run(*arguments, **eager)
+        for index in self._written:
+            # As torch's own operations do, for what was saved for a backward before it was written.
+            increment_version(_tensors(arguments[index]))
+        return result
 
     def run(self, *arguments: Any, **eager: Any) -> Result:
         """Runs the native kernels or, where there are none, the reference."""
@@ -95,6 +107,29 @@ class Operation(Generic[Result]):
         if native is None:
             return self._reference(*arguments, **eager)
         return self._native(native, *arguments, **eager)
+
+    def _refuse_inference_tensors(self, arguments: tuple[Any, ...]) -> None:
+        """As torch does. Of a list the first tensor is asked: lists are made in one mode."""
+        if torch.is_inference_mode_enabled():
+            return
+        for index in self._written:
+            given = arguments[index]
+            if isinstance(given, list | tuple):
+                given = next((each for each in given if each is not None), None)
+            if given is not None and given.is_inference():
+                raise RuntimeError(
+                    f"{self.name}: {self._arguments[index][1]} must not be inference tensors "
+                    "outside of inference mode (got one that torch.inference_mode() made)"
+                )
+
+    def _in_transform(self, arguments: tuple[Any, ...]) -> Result:
+        """Within `torch.func.grad` and its like."""
+        if self._backward is not None:
+            return self._reference(*arguments)
+        raise NotImplementedError(
+            f"{self.name}: must not be called within a transform of torch.func, kernels cannot see "
+            "through it; mmbal_fast.reference has it in plain PyTorch (got a call within one)"
+        )
 
     def _in_graph(self, arguments: tuple[Any, ...]) -> Result:
         detached = self._backward is None
@@ -119,6 +154,15 @@ class Operation(Generic[Result]):
         return self._backward._node(*self._saved(ctx, *grads)), *others
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an argument."""
+    return [
+        each
+        for each in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(each, Tensor)
+    ]
+
+
 def _for_schema(type_: str, value: Any, detached: bool) -> Any:
     """A value as a node of a graph takes it."""
     if type_ == "int" and value >= 2**63:
@@ -127,7 +171,10 @@ def _for_schema(type_: str, value: Any, detached: bool) -> Any:
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     if type_ in ("Tensor[]", "Tensor(a!)[]"):
         # Empty tensors are skipped as None is.
-        like = next((each for each in value if each is not None), torch.empty(0))
+        like = next(
+            (each for each in value if each is not None),
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+        )
         value = [like.new_empty(0) if each is None else each for each in value]
     if not detached or "!" in type_:
         return value
@@ -150,7 +197,9 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         operation = ctx.operation
-        return None, None, *operation._backward.run(*operation._saved(ctx, *grads))
+        arguments = operation._saved(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True: PyTorch differentiates the reference
+            return None, None, *operation._backward._reference(*arguments)
+        return None, None, *operation._backward.run(*arguments)

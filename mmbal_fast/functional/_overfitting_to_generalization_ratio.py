@@ -54,7 +54,12 @@ def checked_losses(
     op: str, *losses: Tensor | Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four as float64 ``[K]``, or ValueError."""
-    first, second, third, fourth = (torch.as_tensor(each, dtype=torch.float64) for each in losses)
+    first, second, third, fourth = (
+        each.double()
+        if isinstance(each, Tensor)
+        else torch.tensor(each, dtype=torch.float64, device="cpu")
+        for each in losses
+    )
     tensors = first, second, third, fourth
     if first.ndim != 1 or any(each.shape != first.shape for each in tensors):
         raise ValueError(

@@ -72,8 +72,8 @@ def squared_norms(
 
 def _members(groups: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     """Which tensors are in which group, bool ``[G, T]``."""
-    numbers = torch.arange(count).unsqueeze(1)
-    return (numbers == torch.tensor(groups, dtype=torch.int64)).to(device)
+    numbers = torch.arange(count, dtype=torch.int64, device="cpu").unsqueeze(1)
+    return (numbers == torch.tensor(groups, dtype=torch.int64, device="cpu")).to(device)
 
 
 # Kept, so that a step copies nothing to the device.

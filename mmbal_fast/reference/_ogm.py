@@ -141,7 +141,7 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
         tensor([[ 3.,  3., 14.],
                 [ 0.,  0.,  0.]], dtype=torch.float64)
     """
-    device = next((grad.device for grad in grads if grad is not None), None)
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
     moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
     for row, grad in zip(moments, grads, strict=True):
         if grad is not None and grad.numel() > 0:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbal_fast.functional import _checks
+from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT
 from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.training import ranks
@@ -196,8 +197,7 @@ class GradientModulation(Method):
                     f"{op}: logits must be given for {list(self.names)} (got {list(logits)})"
                 )
             ordered = [logits[name] for name in self.names]
-            if class_dim != 1:
-                ordered, target = classes_second(op, ordered, target, class_dim)
+            ordered, target = classes_second(op, ordered, target, class_dim)
             _checks.batch(op, ordered, target)
             self._place(target.device)
             self._measure(
@@ -484,27 +484,6 @@ class GradientModulation(Method):
         super().__setstate__(state)
         if self.last is not None:
             self.last = self._scaled_record if self.last else self._record
-
-
-def classes_second(
-    op: str, logits: Sequence[Tensor], target: Tensor, class_dim: int
-) -> tuple[list[Tensor], Tensor]:
-    """Logits and soft labels with the classes moved from ``class_dim`` to dimension 1.
-
-    Raises:
-        ValueError: the logits have no such dimension.
-    """
-
-    def moved(each: Tensor) -> Tensor:
-        if each.ndim < 2 or not -each.ndim <= class_dim < each.ndim:
-            raise ValueError(
-                f"{op}: class_dim must be a dimension of the logits "
-                f"(got {class_dim} for shape {list(each.shape)})"
-            )
-        return each.movedim(class_dim, 1)
-
-    soft = target.is_floating_point()
-    return [moved(each) for each in logits], moved(target) if soft else target
 
 
 def _given(value: object) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmbal_fast.functional._blended_cross_entropy import blend, check_label_smoothing
+from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.training.method import Method, Record, Setting, integer, tensor
-from mmbal_fast.training.modulation import classes_second
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -117,8 +117,7 @@ class LossWeighting(Method):
             got = list(logits) if isinstance(logits, Mapping) else type(logits).__name__
             raise ValueError(f"{op}: logits must name the heads {list(self.names)} (got {got})")
         ordered = [logits[name] for name in self.names]
-        if class_dim != 1:
-            ordered, target = classes_second(op, ordered, target, class_dim)
+        ordered, target = classes_second(op, ordered, target, class_dim)
         self._move(ordered[0].device)
         weights = self._weights if self.enabled else self._uniform
         loss, per_head, samples = blend(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmbal_fast.functional import (
+    blended_cross_entropy,
     contribution_scores,
     discrepancy_ratios,
     gradient_moments,
@@ -247,7 +248,8 @@ def test_label_out_of_range(backend: Backend, label: int) -> None:
         ([(4, 3), (5, 3)], (4,), r"logits must have one shape .*\(got \[\[4, 3\], \[5, 3\]\]\)"),
         ([(4, 3), (4, 3, 1)], (4,), r"logits must have one shape .*\[4, 3, 1\]\]\)"),
         ([(4,), (4,)], (4,), r"logits must have one shape \[B, C\].*\(got \[\[4\], \[4\]\]\)"),
-        ([(4, 0), (4, 0)], (4,), r"logits must have one shape .* C >= 1 \(got \[\[4, 0\]"),
+        ([(4, 0), (4, 0)], (4,), r"logits must be of at least two classes; .* \(got \[4, 0\]"),
+        ([(4, 1), (4, 1)], (4,), r"logits must be of at least two classes; .* \(got \[4, 1\]"),
         (
             [(4, 3), (4, 3)],
             (5,),
@@ -280,6 +282,29 @@ def test_shape_of_soft_labels(backend: Backend) -> None:
         r"\[4, 3\] \(got \[4\], torch.float32\)",
     ):
         contribution_scores(logits, target.float())
+
+
+@pytest.mark.parametrize(
+    ("rows", "got"),
+    [
+        ([[1.0, 1.0, 0.0]] * 4, "sums from 2 to 2, least entry 0"),
+        ([[1.5, -0.5, 0.0]] * 4, "sums from 1 to 1, least entry -0.5"),
+        ([[1.0, 0.0, 0.0]] * 3 + [[0.0] * 3], "sums from 0 to 1, least entry 0"),
+        ([[NAN, 0.0, 0.0]] * 4, "sums from nan to nan, least entry nan"),
+    ],
+    ids=["multi-label", "negative", "none", "nan"],
+)
+def test_soft_labels_that_are_no_distribution(
+    backend: Backend, rows: list[list[float]], got: str
+) -> None:
+    if backend.device.type != "cpu":
+        pytest.skip("values are not read on a GPU")
+    logits, soft = batch(backend)[0], torch.tensor(rows)
+    message = rf": soft labels must not be negative and must add up to 1 .* \(got {got}\)$"
+    with pytest.raises(ValueError, match="^contribution_scores" + message):
+        contribution_scores(logits, soft)
+    with pytest.raises(ValueError, match="^blended_cross_entropy" + message):
+        blended_cross_entropy(logits, soft, [0.5, 0.5])
 
 
 def test_no_tensors() -> None:

@@ -72,12 +72,12 @@ def test_scores(
 
 
 # Around every vector width, and where a row no longer belongs to one warp.
-@pytest.mark.parametrize("classes", [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 33, 309, 1000, 1025, 2500])
+@pytest.mark.parametrize("classes", [2, 3, 4, 7, 8, 15, 16, 17, 31, 33, 309, 1000, 1025, 2500])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_of_classes(native: Backend, classes: int, dtype: torch.dtype) -> None:
     logits = [3 * torch.randn(5, classes).to(native.device, dtype) for _ in range(2)]
-    hard = torch.tensor([0, classes - 1, classes // 2, 0, 1 % classes], device=native.device)
-    soft = torch.rand(5, classes).to(native.device, dtype)
+    hard = torch.tensor([0, classes - 1, classes // 2, 0, 1], device=native.device)
+    soft = torch.randn(5, classes).softmax(1).to(native.device, dtype)
     assert contribution_scores(logits, hard).tolist() == pytest.approx(
         [hard_score(x, hard) for x in logits], rel=2e-6
     )
@@ -198,7 +198,7 @@ def test_scores_have_no_graph(backend: Backend) -> None:
     logits = torch.randn(4, 3, device=backend.device, requires_grad=True)
     target = torch.tensor([0, 1, 2, 0], device=backend.device)
     assert not contribution_scores([logits, 2 * logits], target).requires_grad
-    soft = torch.rand(4, 3, device=backend.device, requires_grad=True)
+    soft = torch.full((4, 3), 1 / 3, device=backend.device, requires_grad=True)
     assert not contribution_scores([logits, logits], soft).requires_grad
 
 
@@ -292,3 +292,18 @@ def test_arguments_are_not_written(backend: Backend) -> None:
     modulation_coefficients(ratios, 0.5)
     assert scores.tolist() == [4.0, 2.0]
     assert ratios.tolist() == [2.0, 0.5]
+
+
+def test_tokens_with_as_many_positions_as_classes(backend: Backend) -> None:
+    """``[B, T, C]`` with T == C fits both readings: `class_dim` says which."""
+    logits = [torch.randn(2, 3, 3, device=backend.device) for _ in range(2)]
+    target = torch.tensor([[0, 1, 2], [2, 2, -100]], device=backend.device)
+    moved = [each.transpose(1, 2) for each in logits]
+    soft = torch.randn(2, 3, 3, device=backend.device).softmax(2)
+    for given, labels in ((target, target), (soft, soft.transpose(1, 2))):
+        scores = contribution_scores(logits, given, class_dim=-1)
+        assert torch.equal(scores, contribution_scores(moved, labels))
+        assert torch.equal(scores, contribution_scores(logits, given, class_dim=2))
+    assert not torch.equal(scores, contribution_scores(logits, soft.transpose(1, 2)))
+    with pytest.raises(ValueError, match=r"class_dim must be a dimension of .* \(got 3 for shape"):
+        contribution_scores(logits, target, class_dim=3)
