@@ -89,16 +89,15 @@ class Operation(Generic[Result]):
                 self, arguments[1:], *arguments[0]
             )
             return result
-        if self._written:
-            self._refuse_inference_tensors(arguments)
+        written = self._to_be_written(arguments) if self._written else None
         if torch.is_grad_enabled():  # switching takes 2 us
             with torch.no_grad():
                 result = self.run(*arguments, **eager)
         else:
             result = self.run(*arguments, **eager)
-        for index in self._written:
-            # As torch's own operations do, for what was saved for a backward before it was written.
-            increment_version(_tensors(arguments[index]))
+        if written:
+            # As torch's own operations do, for a backward that saved what is now written.
+            increment_version(written)
         return result
 
     def run(self, *arguments: Any, **eager: Any) -> Result:
@@ -108,19 +107,36 @@ class Operation(Generic[Result]):
             return self._reference(*arguments, **eager)
         return self._native(native, *arguments, **eager)
 
-    def _refuse_inference_tensors(self, arguments: tuple[Any, ...]) -> None:
-        """As torch does. Of a list the first tensor is asked: lists are made in one mode."""
-        if torch.is_inference_mode_enabled():
-            return
+    def _to_be_written(self, arguments: tuple[Any, ...]) -> list[Tensor]:
+        """What is written; inference tensors are refused as torch does.
+
+        Of a list the first one is asked: a list is made in one mode.
+        """
+        written: list[Tensor] = []
         for index in self._written:
-            given = arguments[index]
-            if isinstance(given, list | tuple):
-                given = next((each for each in given if each is not None), None)
-            if given is not None and given.is_inference():
+            value = arguments[index]
+            if value is None:
+                continue
+            position = len(written)
+            if isinstance(value, list | tuple):
+                written += [each for each in value if each is not None]
+            elif isinstance(value, Tensor):
+                written.append(value)
+            else:
+                raise TypeError(
+                    f"{self.name}: {self._arguments[index][1]} must be a list or tuple of tensors "
+                    f"(got {type(value).__name__})"
+                )
+            if (
+                position < len(written)
+                and written[position].is_inference()
+                and not torch.is_inference_mode_enabled()
+            ):
                 raise RuntimeError(
                     f"{self.name}: {self._arguments[index][1]} must not be inference tensors "
                     "outside of inference mode (got one that torch.inference_mode() made)"
                 )
+        return written
 
     def _in_transform(self, arguments: tuple[Any, ...]) -> Result:
         """Within `torch.func.grad` and its like."""
@@ -152,15 +168,6 @@ class Operation(Generic[Result]):
         assert self._saved is not None
         others = [None] * (len(self._arguments) - 1)
         return self._backward._node(*self._saved(ctx, *grads)), *others
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of an argument."""
-    return [
-        each
-        for each in (value if isinstance(value, list | tuple) else [value])
-        if isinstance(each, Tensor)
-    ]
 
 
 def _for_schema(type_: str, value: Any, detached: bool) -> Any:

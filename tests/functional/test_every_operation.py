@@ -174,6 +174,15 @@ def test_inference_tensors(backend: Backend, name: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(given, before, strict=True))
 
 
+def test_a_generator_of_gradients(backend: Backend) -> None:
+    x = torch.ones(3, device=backend.device)
+    with pytest.raises(
+        TypeError, match=r"^modulate_: grads must be a list or .* \(got generator\)$"
+    ):
+        functional.modulate_((each for each in [x]), x[:1] / 2, [0])  # type: ignore[arg-type]
+    assert x.tolist() == [1, 1, 1]
+
+
 # --- transforms of torch.func
 
 
