@@ -6,12 +6,15 @@ from mmbal_fast.methods.agm import AGM
 from mmbal_fast.methods.dgl import DGL, DGLRecord
 from mmbal_fast.methods.gradient_blending import GradientBlending, SuperEpoch
 from mmbal_fast.methods.greedy_balancing import GreedyBalancing, GreedyLog, GreedyRecord
+from mmbal_fast.methods.metric_modulation import MetricModulation
+from mmbal_fast.methods.mlb import MLB
 from mmbal_fast.methods.ogm_ge import OGMGE
 from mmbal_fast.methods.opm import OPM, Dropped, OPMRecord
 
 __all__ = [
     "AGM",
     "DGL",
+    "MLB",
     "OGMGE",
     "OPM",
     "DGLRecord",
@@ -20,6 +23,7 @@ __all__ = [
     "GreedyBalancing",
     "GreedyLog",
     "GreedyRecord",
+    "MetricModulation",
     "OPMRecord",
     "SuperEpoch",
 ]

@@ -117,3 +117,9 @@ def number_of(target: Tensor, ignore_index: int) -> Tensor:
         count = target.numel() // target.shape[1]
         return torch.full((1,), float(count), dtype=torch.float32, device=target.device)
     return (target != ignore_index).sum(dtype=torch.float32).reshape(1)
+
+
+def mean_of_others(scores: Tensor) -> Tensor:
+    """Of each modality the mean of the others' scores, ``[M]``."""
+    count = len(scores)
+    return scores.repeat(count, 1).fill_diagonal_(0.0).sum(dim=1) / (count - 1)

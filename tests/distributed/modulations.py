@@ -34,6 +34,10 @@ METHODS: dict[str, Callable[[TwoEncoders, Any], GradientModulation]] = {
         widths={"audio": 5, "image": 5},
         process_group=group,
     ),
+    "MLB": lambda net, group: mmbal_fast.MLB(net.encoders(), alpha=0.5, process_group=group),
+    "metric modulation": lambda net, group: mmbal_fast.MetricModulation(
+        net.encoders(), process_group=group
+    ),
 }
 """Of each modulation how it is made for a network and a group."""
 

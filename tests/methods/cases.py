@@ -327,6 +327,24 @@ CASES = (
         "AGM", mmbal_fast.AGM, adaptive, {"alpha": (0.1, -1), "noise": (0.5, "1")}, MODULATION_CALLS
     ),
     Case(
+        "MLB",
+        mmbal_fast.MLB,
+        modulation(mmbal_fast.MLB, alpha=0.5),
+        {"alpha": (0.1, -1), "noise": (0.5, "1"), "beta": (1.5, 0.5)},
+        MODULATION_CALLS,
+    ),
+    Case(
+        "metric modulation",
+        mmbal_fast.MetricModulation,
+        modulation(mmbal_fast.MetricModulation),
+        {"rho": (0.1, -1), "noise": (0.5, "1")},
+        (
+            *MODULATION_CALLS,
+            lambda run: run.method.step(LOGITS, LABELS, metrics=torch.ones(3)),
+            lambda run: run.method.step(metrics={"audio": 1.0}),
+        ),
+    ),
+    Case(
         "uniform",
         mmbal_fast.LossWeighting,
         weighting(mmbal_fast.LossWeighting),
