@@ -6,6 +6,7 @@ from mmbal_fast.methods.agm import AGM
 from mmbal_fast.methods.dgl import DGL, DGLRecord
 from mmbal_fast.methods.gradient_blending import GradientBlending, SuperEpoch
 from mmbal_fast.methods.greedy_balancing import GreedyBalancing, GreedyLog, GreedyRecord
+from mmbal_fast.methods.info_reg import InfoReg
 from mmbal_fast.methods.metric_modulation import MetricModulation
 from mmbal_fast.methods.mlb import MLB
 from mmbal_fast.methods.ogm_ge import OGMGE
@@ -23,6 +24,7 @@ __all__ = [
     "GreedyBalancing",
     "GreedyLog",
     "GreedyRecord",
+    "InfoReg",
     "MetricModulation",
     "OPMRecord",
     "SuperEpoch",

@@ -86,6 +86,8 @@ class GradientModulation(Method):
     """Factor of the noise; 0 for none."""
 
     _what = "modalities"
+    _neutral = 1.0
+    """The coefficient of a method that is not enabled."""
 
     def __init__(
         self,
@@ -394,7 +396,7 @@ class GradientModulation(Method):
             work.wait()  # on CUDA the stream waits, not the host
         self._derive(summed=self._group is not None)
         if not self._enabled:
-            self._rows[2] = 1.0
+            self._rows[2] = self._neutral
 
     # ---- what all methods have -----------------------------------------------------------------
 

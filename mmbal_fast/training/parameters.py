@@ -104,6 +104,8 @@ class ParameterGroups:
     parameters: list[nn.Parameter]
     names: list[str]
     """Qualified by the modality, as errors and tensor ids have them."""
+    owners: list[int]
+    """Of each parameter: the position of its modality."""
     tensor_ids: list[int]
     """Of each piece: the noise's 32-bit tensor id."""
     modality: list[int]
@@ -199,6 +201,7 @@ class ParameterGroups:
         shards = ShardLayout.of(self._op, parameters, names)
         pieces = range(len(names)) if shards is None else shards.parameters
         self._given, self.parameters, self.names, self.shards = given, parameters, names, shards
+        self.owners = collected.owners
         self.modality = [collected.owners[index] for index in pieces]
         self.tensor_ids = [ids[index] for index in pieces]
         self.piece_names = [names[index] for index in pieces]

@@ -267,6 +267,21 @@ def adaptive() -> Run:
     return Modulated(net, method)
 
 
+class Regulated(Modulated):
+    """InfoReg, with epochs of four steps."""
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        if number % 4 == 0:
+            self.method.start_epoch()
+        return super().backward(number, scale)
+
+
+def regulated() -> Run:
+    """A run of InfoReg."""
+    net = filled(Net())
+    return Regulated(net, mmbal_fast.InfoReg(net.encoders))
+
+
 def weighting(method: type) -> Callable[[], Run]:
     """A run of a weighting of losses."""
     return lambda: Weighted(filled(Net()), method([*NAMES, "fused"]))
@@ -343,6 +358,13 @@ CASES = (
             lambda run: run.method.step(LOGITS, LABELS, metrics=torch.ones(3)),
             lambda run: run.method.step(metrics={"audio": 1.0}),
         ),
+    ),
+    Case(
+        "InfoReg",
+        mmbal_fast.InfoReg,
+        regulated,
+        {"window": (0.1, -1), "noise": (0.5, "1")},
+        MODULATION_CALLS,
     ),
     Case(
         "uniform",
