@@ -27,8 +27,8 @@ class AGM(MeanModulation):
 
     ``k_m = exp(alpha min(tau_m - r_m, 10))``, where ``r_m`` says how far modality m is ahead of
     the others in this step, and ``tau_m`` how far it has been ahead on average. Li et al.,
-    "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation" (ICCV 2023),
-    section 3. A coefficient may be above 1.
+    "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation" (ICCV 2023).
+    A coefficient may be above 1.
 
     For a linear fusion of features, with ``head=``, the gradients are those of the paper: of
     encoder m and of the head's columns that meet its features times ``k_m``, of the bias times the

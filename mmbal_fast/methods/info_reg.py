@@ -34,7 +34,7 @@ class InfoReg(MeanModulation):
     softmax probability of the true class. Only in the prime learning window: while the Fisher
     trace of modality m, averaged over ten epochs, grows by more than ``window`` of itself from
     epoch to epoch. Huang et al., "Adaptive Unimodal Regulation for Balanced Multimodal Information
-    Acquisition" (CVPR 2025), section 3.
+    Acquisition" (CVPR 2025).
 
     Call `start_epoch` at the start of each epoch. The ``coefficients`` of the record are
     ``beta_m``.

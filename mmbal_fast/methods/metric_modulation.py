@@ -29,7 +29,7 @@ class MetricModulation(MeanModulation):
     accuracy, minus the mean error or the Dice score of its own classifier: higher is better.
     ``k_m = rho clamp((D - d_m) / D, 0, 1)``, where ``d_m`` is the gain of modality m and ``D`` the
     sum of all gains. After Guo et al., "Classifier-guided Gradient Modulation for Enhanced
-    Multimodal Learning" (NeurIPS 2024), section 3.3, without its loss on directions; their
+    Multimodal Learning" (NeurIPS 2024), without its loss on directions; their
     formula has no clamp, and reverses gradients where one metric falls and another rises.
 
     The first step only remembers the metrics, and modulates nothing.

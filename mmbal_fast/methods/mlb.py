@@ -32,7 +32,7 @@ class MLB(GradientModulation):
     ``k_m = 1 + tanh(alpha (1 / rho_m - 1))``, where ``rho_m`` is modality m's score over the mean
     of the others' scores; where ``rho_m < 1`` the tanh is times ``beta - 1``, so that coefficients
     lie between 0 and ``beta``. Kontras et al., "Improving Multimodal Learning with Multi-Loss
-    Gradient Modulation" (BMVC 2024), section 3. The paper adds the losses of a classifier for each
+    Gradient Modulation" (BMVC 2024). The paper adds the losses of a classifier for each
     modality to the fused one, whose logits are the ones to give: train on
     ``LossWeighting(heads, weights=[1.0] * (M + 1)).loss``.
 

@@ -157,7 +157,7 @@ def shapley_logits(
     are the logits with the features of S and zeros for the others, and ``F`` of none is left out:
     so the shares add up to the model's logits. For two modalities
     ``m_a = (F(a, v) - F(0, v) + F(a, 0)) / 2``: Li et al., "Boosting Multi-modal Model Performance
-    with Adaptive Gradient Modulation" (ICCV 2023), section 3. For a linear head over concatenated
+    with Adaptive Gradient Modulation" (ICCV 2023). For a linear head over concatenated
     or summed features they are what `unimodal_logits` gives without a forward pass.
 
     Costs ``2^M - 1`` forward passes: 3 for two modalities, 7 for three, 15 for four. If ``forward``
