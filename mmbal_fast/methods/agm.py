@@ -139,7 +139,7 @@ class AGM(MeanModulation):
         if self._head.bias is not None:
             bias = local_gradient(self._head.bias)
         if weight is not None:
-            columns = zip(weight.split(self._widths, dim=1), k.unbind(), strict=True)
+            columns = zip(torch.split(weight, self._widths, dim=1), k.unbind(), strict=True)
             for part, coefficient in columns:
                 part.mul_(coefficient)
         if bias is not None:

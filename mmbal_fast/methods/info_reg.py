@@ -16,7 +16,7 @@ from mmbal_fast.training.gradients import Gradients
 from mmbal_fast.training.means import MeanModulation, mean_of_others
 from mmbal_fast.training.method import Setting, tensor
 from mmbal_fast.training.parameters import Parameters, Select, every
-from mmbal_fast.training.shards import is_distributed
+from mmbal_fast.training.shards import local_part
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -204,10 +204,7 @@ class InfoReg(MeanModulation):
 
     def _weights(self) -> list[Tensor]:
         """This rank's elements of all selected parameters."""
-        return [
-            (each.to_local() if is_distributed(each) else each).detach()  # type: ignore[operator]
-            for each in self._groups.parameters
-        ]
+        return [local_part(each).detach() for each in self._groups.parameters]
 
     def _traced(self, device: torch.device) -> Tensor:
         """Which parameters' mean squares are in whose trace, bool ``[M, T]``."""

@@ -206,6 +206,11 @@ def shard_count(tensor: Any) -> int:
     return math.prod(group.size() for group in groups)
 
 
+def local_part(tensor: Any) -> Tensor:
+    """This rank's elements of a tensor, which change with it."""
+    return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[no-any-return]
+
+
 def local_gradient(parameter: Any) -> Tensor | None:
     """This rank's elements of a parameter's gradient; None if it has none, or is frozen."""
     gradient: Any = parameter.grad if parameter.requires_grad else None

@@ -262,7 +262,7 @@ def modulation(method: type, **options: Any) -> Callable[[], Run]:
 
 def adaptive() -> Run:
     """A run of AGM with the head's columns."""
-    net = filled(Net())
+    net: Any = filled(Net())
     method = mmbal_fast.AGM(net.encoders, alpha=0.5, head=net.head, widths=dict.fromkeys(NAMES, 4))
     return Modulated(net, method)
 
@@ -278,7 +278,7 @@ class Regulated(Modulated):
 
 def regulated() -> Run:
     """A run of InfoReg."""
-    net = filled(Net())
+    net: Any = filled(Net())
     return Regulated(net, mmbal_fast.InfoReg(net.encoders))
 
 
