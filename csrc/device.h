@@ -18,9 +18,11 @@ struct Cpu {
 struct Cuda {
   int index;
   void* stream;
-  // Memory of the device that stays until the work is queued. It was zero when it was allocated,
-  // and is left so that the next operation on the same stream may use it as it is.
-  std::function<void*(int64_t bytes)> workspace;
+  // Memory of the device that stays until the work is queued; an operation asks once. Where the
+  // stream is captured into a graph it is the operation's own and holds anything. Elsewhere it was
+  // zero when it was allocated, and each operation leaves it as the next one of the same thread on
+  // the same stream needs it.
+  std::function<void*(int64_t bytes, bool captured)> workspace;
 };
 
 #if defined(MMBAL_WITH_CUDA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,17 @@ _cuda_devices = native.cuda_device_count() if native is not None else 0
 _emulated = False  # the CUDA kernels run on host memory
 single_launch = False
 """Whether CUDA kernels measure and update in one launch: `benchmarks/gpu_check.py` times both."""
-_workspaces: dict[tuple[int, int, bool], Tensor] = {}
+_captured: list[Tensor] = []  # what belongs to graphs under emulation
+
+
+class _Kept(threading.local):
+    """Workspaces of a thread by device and stream."""
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+_kept = _Kept()
 
 if native is None and why_not != "MMBAL_DISABLE_NATIVE is set":
     warnings.warn(
@@ -60,32 +71,36 @@ def runs(device: torch.device) -> ModuleType | None:
 @contextmanager
 def using(module: ModuleType | None, *, in_one_launch: bool = False) -> Iterator[None]:
     """Runs another build of the native module, or with None the reference. For tests."""
-    global native, _emulated, single_launch
+    global native, _emulated, single_launch, _kept
     before = native, _emulated, single_launch
     native, single_launch = module, in_one_launch
     _emulated = module is not None and module.build_info()["emulated"]
-    _workspaces.clear()
+    _kept = _Kept()
     try:
         yield
     finally:
         native, _emulated, single_launch = before
-        _workspaces.clear()
+        _kept = _Kept()
+        _captured.clear()
 
 
-def workspace(nbytes: int, device_index: int) -> Tensor:
-    """Memory for the CUDA kernels of the current stream, kept between calls.
+def workspace(nbytes: int, device_index: int, stream: int, captured: bool) -> Tensor:
+    """Memory for the CUDA kernels that a call queues on a stream.
 
-    Zero when it is made, and left by every kernel as the next one needs it. A graph under capture
-    gets its own, because its zeroing runs only when the graph is replayed.
+    Zero when it is made, left by every kernel as the next one needs it, and kept between the calls
+    of a thread: another thread's kernels may come between those of one call. A call that is
+    captured gets memory of its own, which its graph sets to zero at every replay.
     """
-    if _emulated:
-        device, key = torch.device("cpu"), (device_index, 0, False)
-    else:
-        device = torch.device("cuda", device_index)
-        stream = torch.cuda.current_stream(device)
-        key = (device_index, stream.cuda_stream, torch.cuda.is_current_stream_capturing())
-    held = _workspaces.get(key)
+    if captured and _emulated:
+        # As cudaMalloc of the emulation; on CUDA torch keeps it for the graph.
+        _captured.append(torch.frombuffer(bytearray(b"\xff" * nbytes), dtype=torch.uint8))
+        return _captured[-1]
+    device = torch.device("cpu") if _emulated else torch.device("cuda", device_index)
+    if captured:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    key = device_index, stream
+    held = _kept.workspaces.get(key)
     if held is None or held.numel() < nbytes:
         held = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        _workspaces[key] = held
+        _kept.workspaces[key] = held
     return held

@@ -118,14 +118,15 @@ def test_module_that_was_switched_comes_back() -> None:
 def test_workspace_is_kept_and_grows(native: Backend) -> None:
     if not native.cuda_kernels:
         pytest.skip("the CPU has its own scratch memory")
-    first = _backend.workspace(100, 0)
+    first = _backend.workspace(100, 0, 0, False)
     assert first.numel() >= 100
     assert first.device.type == native.device.type
     assert not first.any()
-    assert _backend.workspace(50, 0) is first
-    larger = _backend.workspace(200, 0)
+    assert _backend.workspace(50, 0, 0, False) is first
+    larger = _backend.workspace(200, 0, 0, False)
     assert larger.numel() >= 200
-    assert _backend.workspace(200, 0) is larger
+    assert _backend.workspace(200, 0, 0, False) is larger
+    assert _backend.workspace(200, 0, 1, False) is not larger  # another stream
 
 
 @pytest.mark.in_one_launch

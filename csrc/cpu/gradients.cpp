@@ -105,7 +105,7 @@ void modulate(const Modulation& modulation, const Cpu& cpu) {
       if (!noisy) return 0.0;
       const double* given = modulation.moments + 3 * wave[g].row;
       const Moments tensor = measured ? memory.moments[g] : Moments{given[0], given[1], given[2]};
-      if (!is_finite(tensor.m2)) finite = false;
+      if (!holds_numbers(tensor)) finite = false;
       return noise_amplitude(tensor, k, modulation.noise, modulation.eps,
                              largest_of(wave[g].dtype));
     };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/floating_mode.h"
 #include "math/moments.h"
 
 namespace mmbal {
@@ -25,8 +26,12 @@ void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
-  for (int64_t i = 0; i < count; ++i) f(i);
+#pragma omp parallel num_threads(threads)
+  {
+    const FloatingMode mode;
+#pragma omp for schedule(dynamic, grain)
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
 }
 
 }  // namespace

@@ -14,7 +14,13 @@ std::string describe(cudaError_t error) {
 }
 
 Workspace workspace_of(const Cuda& cuda, int64_t bytes_behind_counters) {
-  char* bytes = static_cast<char*>(cuda.workspace(kCounterBytes + bytes_behind_counters));
+  const auto stream = static_cast<cudaStream_t>(cuda.stream);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  const bool captured = status != cudaStreamCaptureStatusNone;
+  char* bytes = static_cast<char*>(cuda.workspace(kCounterBytes + bytes_behind_counters, captured));
+  // By the graph, whenever it runs: another graph, or none, may have used the memory before.
+  if (captured) check(cudaMemsetAsync(bytes, 0, kCounterBytes, stream), "cudaMemsetAsync");
   auto* counters = reinterpret_cast<uint32_t*>(bytes);
   auto* rows = reinterpret_cast<double*>(bytes + kCounterBytes);
   auto* partials = reinterpret_cast<Partial*>(bytes + kCounterBytes + kRowBytes);

@@ -161,7 +161,7 @@ __device__ __forceinline__ void scale_and_add_noise(const Span<T>& span, Unscali
     // Perhaps written in this very launch, by another block: past this multiprocessor's cache.
     const Moments moments{__ldcg(row), __ldcg(row + 1), __ldcg(row + 2)};
     shared_amplitude = noise_amplitude(moments, k, settings.noise, settings.eps, kLargest<T>);
-    if (settings.status && !is_finite(moments.m2)) atomicOr(settings.status, kNonFiniteGradient);
+    if (settings.status && !holds_numbers(moments)) atomicOr(settings.status, kNonFiniteGradient);
   }
   __syncthreads();
   step_read();

@@ -7,6 +7,7 @@
 namespace mmbal {
 
 enum class Rule : int { kNone = 0, kCvpr2022 = 1, kCvpr2022Excess = 2, kTpami2024 = 3 };
+constexpr int kRules = 4;
 
 // Bits of the device-side status word.
 constexpr int kNonFiniteGradient = 1;
@@ -33,6 +34,9 @@ MMBAL_HD float modulation_coefficient(float ratio, float alpha, Rule rule) {
   if (k != k) return 1;
   return k > 0 ? k : 0;
 }
+
+// Whether a tensor holds numbers only. Its M2 does not say: squares of large ones overflow.
+MMBAL_HD bool holds_numbers(const Moments& tensor) { return is_finite(tensor.mean); }
 
 // Scale of the noise added to a tensor that is scaled by k. A tensor that holds NaN or Inf gets
 // none, and neither does one that could come near `largest`, its type's largest value: finite

@@ -1,41 +1,77 @@
 // Operations on lists of gradients, and the noise.
 #include <algorithm>
+#include <vector>
 
 #include "python/arguments.h"
 
 namespace mmbal {
 namespace {
 
-// Keeps one of each gradient that is listed twice; the same memory in two modalities is an error.
-void drop_repeated(Gradients& gradients, py::handle names) {
-  thread_local std::vector<int64_t> table;
-  size_t capacity = 64;
-  while (capacity < 2 * gradients.items.size()) capacity *= 2;
-  table.assign(capacity, -1);
-  size_t kept = 0;
-  for (const Gradient& gradient : gradients.items) {
-    size_t slot = (reinterpret_cast<uintptr_t>(gradient.data) >> 4) * 0x9E3779B97F4A7C15u;
-    slot = (slot >> 20) & (capacity - 1);
-    while (table[slot] >= 0 && gradients.items[table[slot]].data != gradient.data) {
-      slot = (slot + 1) & (capacity - 1);
-    }
-    if (table[slot] >= 0) {
-      const Gradient& before = gradients.items[table[slot]];
-      if (before.modality != gradient.modality || before.count != gradient.count) {
-        throw py::value_error(gradient_name("modulate_", names, gradient.row) +
-                              " must belong to one modality and not share memory with another (got "
-                              "modalities " +
-                              std::to_string(before.modality) + " and " +
-                              std::to_string(gradient.modality) + ", sizes " +
-                              std::to_string(before.count) + " and " +
-                              std::to_string(gradient.count) + ")");
-      }
-      continue;
-    }
-    table[slot] = static_cast<int64_t>(kept);
-    gradients.items[kept++] = gradient;
+struct Place {
+  uintptr_t address;
+  size_t index;  // in the list
+};
+
+// By address, those of one address as they were. Long lists by their bytes: comparisons would take
+// a fifth of a call's host side.
+void sort_places(std::vector<Place>& places) {
+  const auto before = [](const Place& a, const Place& b) { return a.address < b.address; };
+  if (std::is_sorted(places.begin(), places.end(), before)) return;
+  if (places.size() < 200) return std::stable_sort(places.begin(), places.end(), before);
+  thread_local std::vector<Place> memory;
+  std::vector<Place>& sorted = memory;  // found once, not at every use
+  sorted.resize(places.size());
+  uintptr_t differing = 0;
+  for (const Place& place : places) differing |= place.address ^ places[0].address;
+  for (size_t shift = 0; shift < 8 * sizeof differing; shift += 8) {
+    const auto digit = [&](uintptr_t address) { return (address >> shift) & 0xff; };
+    if (digit(differing) == 0) continue;
+    uint32_t next[257] = {};
+    for (const Place& place : places) ++next[digit(place.address) + 1];
+    for (int d = 0; d < 256; ++d) next[d + 1] += next[d];
+    for (const Place& place : places) sorted[next[digit(place.address)]++] = place;
+    places.swap(sorted);
   }
-  gradients.items.resize(kept);
+}
+
+// Keeps one of each gradient that is listed twice; other gradients that share memory are an error.
+// For dense ones.
+void drop_repeated(Gradients& gradients, py::handle names) {
+  thread_local std::vector<Place> memory;
+  std::vector<Place>& places = memory;
+  std::vector<Gradient>& items = gradients.items;
+  places.resize(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    places[i] = {reinterpret_cast<uintptr_t>(items[i].data), i};
+  }
+  sort_places(places);
+  bool repeated = false;
+  uintptr_t end = 0;  // of the memory of all before, which ends with that of `last`
+  const Gradient* last = nullptr;
+  for (const auto& [address, index] : places) {
+    Gradient& item = items[index];
+    if (address >= end) {
+      last = &item;
+      end = address + static_cast<uintptr_t>(item.count * size_of(item.dtype));
+    } else if (item.data == last->data && item.count == last->count && item.dtype == last->dtype &&
+               item.modality == last->modality) {
+      item.data = nullptr;
+      repeated = true;
+    } else {
+      const auto [before, after] = std::minmax(
+          *last, item, [](const Gradient& a, const Gradient& b) { return a.row < b.row; });
+      throw py::value_error(gradient_name("modulate_", names, after.row) +
+                            " must belong to one modality and not share memory with another (got "
+                            "modalities " +
+                            std::to_string(before.modality) + " and " +
+                            std::to_string(after.modality) + ", sizes " +
+                            std::to_string(before.count) + " and " + std::to_string(after.count) +
+                            ", the other " + position("grads", before.row) + ")");
+    }
+  }
+  if (!repeated) return;
+  const auto dropped = [](const Gradient& item) { return item.data == nullptr; };
+  items.erase(std::remove_if(items.begin(), items.end(), dropped), items.end());
 }
 
 py::object moments(py::handle grads, py::handle out, py::handle names, int threads,
@@ -45,7 +81,7 @@ py::object moments(py::handle grads, py::handle out, py::handle names, int threa
   const Gradients gradients(op, list, names);
   if (gradients.items.empty()) return py::none();
   if (py::object reason = gradients.unfit(); !reason.is_none()) return reason;
-  const View result = checked(op + ": out", out, kDLFloat, 64);
+  const View result = checked(op + ": out", out, kDLFloat, 64, {list.size(), 3});
   require_device(result, op + ": out", gradients.first, "the gradients");
   const Measurement args{gradients.items.data(), gradients.count(),
                          static_cast<double*>(result.data())};
@@ -62,24 +98,29 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
   const std::string op = "modulate_";
   const Sequence list(grads, "modulate_: grads must be a sequence of tensors");
   const Sequence modalities(modality, "modulate_: modality must be a sequence of integers");
-  const View k = checked(op + ": coefficients", coefficients, kDLFloat, 32);
+  const View k = checked_vector(op + ": coefficients", coefficients, kDLFloat, 32);
   if (modalities.size() != list.size()) {
     throw py::value_error("modulate_: modality must name one modality per gradient (got " +
                           std::to_string(modalities.size()) + " for " +
                           std::to_string(list.size()) + ")");
   }
   Gradients gradients(op, list, names);
-  const auto fill = [&](py::handle values, const char* what, auto&& set) {
+  const auto fill = [&](py::handle values, const char* name, const char* rule, int64_t most,
+                        auto&& set) {
     if (values.is_none()) return;
-    const Sequence numbers(values, what);
+    const Sequence numbers(values, rule);
     if (numbers.size() != list.size()) {
-      throw py::value_error(std::string(what) + " (got " + std::to_string(numbers.size()) +
+      throw py::value_error(std::string(rule) + " (got " + std::to_string(numbers.size()) +
                             " for " + std::to_string(list.size()) + " gradients)");
     }
-    for (Gradient& gradient : gradients.items) set(gradient, numbers.integer(gradient.row));
+    for (Gradient& gradient : gradients.items) {
+      const auto what = [&] { return op + ": " + position(name, gradient.row); };
+      set(gradient, integer(what, numbers[gradient.row], 0, most));
+    }
   };
   for (Gradient& gradient : gradients.items) {
-    const int64_t m = modalities.integer(gradient.row);
+    const auto what = [&] { return op + ": " + position("modality", gradient.row); };
+    const int64_t m = integer(what, modalities[gradient.row], INT64_MIN, INT64_MAX);
     if (m < 0 || m >= k.count) {
       throw py::value_error(gradient_name(op, names, gradient.row) +
                             " must belong to a modality from 0 to " + std::to_string(k.count - 1) +
@@ -88,21 +129,22 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
     gradient.modality = static_cast<int32_t>(m);
     gradient.id = static_cast<uint32_t>(gradient.row);
   }
-  fill(tensor_ids, "modulate_: tensor_ids must hold one id per gradient",
+  fill(tensor_ids, "tensor_ids", "modulate_: tensor_ids must hold one id per gradient", UINT32_MAX,
        [](Gradient& g, int64_t id) { g.id = static_cast<uint32_t>(id); });
-  fill(offsets, "modulate_: offsets must hold one offset per gradient",
-       [](Gradient& g, int64_t offset) { g.offset = offset; });
-  const bool step_is_tensor = !PyLong_Check(step.ptr());
+  fill(offsets, "offsets", "modulate_: offsets must hold one offset per gradient", INT64_MAX,
+       [&](Gradient& g, int64_t offset) {
+         require_offset([&] { return op + ": " + position("offsets", g.row); }, offset, g.count);
+         g.offset = offset;
+       });
   View counter{};
-  if (step_is_tensor) counter = checked(op + ": step", step, kDLInt, 64);
-  auto* counter_memory = step_is_tensor ? static_cast<int64_t*>(counter.data()) : nullptr;
-  const NoiseSource source{seed, step_is_tensor ? 0 : step.cast<int64_t>(), counter_memory};
-  if (gradients.items.empty() && !(advance && step_is_tensor)) return py::none();
+  const NoiseSource source = noise_source(op, seed, step, &counter);
+  const bool counts = advance && source.step_pointer != nullptr;
+  if (gradients.items.empty() && !counts) return py::none();
   const View& where = gradients.items.empty() ? counter : gradients.first;
+  if (gradients.gaps.empty()) drop_repeated(gradients, names);
   if (py::object reason = gradients.unfit(); !reason.is_none()) return reason;
-  drop_repeated(gradients, names);
   require_device(k, op + ": coefficients", where, "the gradients");
-  if (step_is_tensor) require_device(counter, op + ": step", where, "the gradients");
+  if (source.step_pointer) require_device(counter, op + ": step", where, "the gradients");
   Modulation args{};
   args.gradients = gradients.items.data();
   args.count = gradients.count();
@@ -110,22 +152,17 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
   args.noise = noise;
   args.eps = eps;
   args.source = source;
-  args.advance = advance ? counter_memory : nullptr;
+  args.advance = counts ? static_cast<int64_t*>(counter.data()) : nullptr;
   args.single_launch = single_launch;
   if (!given_moments.is_none()) {
-    const View rows = checked(op + ": moments", given_moments, kDLFloat, 64);
+    const View rows = checked(op + ": moments", given_moments, kDLFloat, 64, {list.size(), 3});
     require_device(rows, op + ": moments", where, "the gradients");
-    if (rows.count != 3 * list.size()) {
-      throw py::value_error("modulate_: moments must hold a row of 3 per gradient (got " +
-                            std::to_string(rows.count) + " values for " +
-                            std::to_string(list.size()) + " gradients)");
-    }
     args.moments = static_cast<const double*>(rows.data());
   }
   args.status = optional_status(op, status, where);
   if (!inverse_scale.is_none()) {
     const auto number = [&](const char* name, py::handle object) {
-      const View tensor = checked(op + ": " + name, object, kDLFloat, 32);
+      const View tensor = checked_one(op + ": " + name, object, kDLFloat, 32);
       require_device(tensor, op + ": " + name, where, "the gradients");
       return static_cast<float*>(tensor.data());
     };
@@ -136,24 +173,21 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
   return py::none();
 }
 
-void noise_like(py::handle out, uint64_t seed, py::handle step, uint32_t tensor_id, int64_t offset,
-                int threads) {
+void noise_like(py::handle out, uint64_t seed, py::handle step, py::handle tensor_id,
+                py::handle offset, int threads) {
   const std::string op = "noise_like";
   Noise args{};
   const View tensor = checked_float(op + ": tensor", out, &args.target.dtype);
   args.target.data = tensor.data();
   args.target.count = tensor.count;
-  args.target.id = tensor_id;
-  args.target.offset = offset;
-  args.source.seed = seed;
-  if (tensor.layout != Layout::kDense) throw py::value_error("noise_like: tensor must be dense");
-  if (PyLong_Check(step.ptr())) {
-    args.source.step = step.cast<int64_t>();
-  } else {
-    const View counter = checked(op + ": step", step, kDLInt, 64);
-    require_device(counter, op + ": step", tensor, "the tensor");
-    args.source.step_pointer = static_cast<const int64_t*>(counter.data());
-  }
+  const auto named = [&](const char* name) { return [=] { return op + ": " + name; }; };
+  args.target.id = static_cast<uint32_t>(integer(named("tensor_id"), tensor_id, 0, UINT32_MAX));
+  args.target.offset = integer(named("offset"), offset, 0, INT64_MAX);
+  require_offset(named("offset"), args.target.offset, tensor.count);
+  if (!tensor.dense()) throw py::value_error("noise_like: tensor must be dense");
+  View counter{};
+  args.source = noise_source(op, seed, step, &counter);
+  if (args.source.step_pointer) require_device(counter, op + ": step", tensor, "the tensor");
   if (tensor.count == 0) return;
   on_device_of(tensor, threads, py::none(),
                [&](const auto& device) { fill_with_noise(args, device); });

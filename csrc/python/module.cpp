@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "device.h"
+#include "python/tensors.h"
 
 #if __has_include("build_config.h")
 #include "build_config.h"
@@ -18,8 +19,6 @@
 #define MMBAL_FAMILIES(f) f(gradients) f(scores) f(cross_entropy) f(speeds) f(identity)
 
 namespace mmbal {
-
-namespace py = pybind11;
 
 #define MMBAL_DECLARE(family) void bind_##family(py::module_& m);
 MMBAL_FAMILIES(MMBAL_DECLARE)
@@ -64,11 +63,13 @@ void bind(pybind11::module_& m);  // what tests ask of the stand-in for CUDA
 PYBIND11_MODULE(MMBAL_MODULE_NAME, m) {
   using namespace mmbal;
   m.doc() = "Native kernels of mmbal_fast; use mmbal_fast.functional.";
-  chosen_isa();  // an unusable MMBAL_CPU_ISA fails here, once
+  chosen_isa();          // an unusable MMBAL_CPU_ISA fails here, once
+  reads_negative_bit();  // looks at torch now, while nothing changes what its functions return
 #define MMBAL_BIND(family) bind_##family(m);
   MMBAL_FAMILIES(MMBAL_BIND)
 #undef MMBAL_BIND
   m.def("build_info", &build_info);
+  m.def("reads_negative_bit", &reads_negative_bit);
   m.def("cpu_isa", [] { return name_of(chosen_isa()); });
   m.def("cpu_isas", &supported_isas);
   m.def("cuda_device_count", &cuda_device_count);

@@ -9,28 +9,25 @@ namespace {
 void accumulate_speeds_(py::handle moments, py::handle membership, py::handle totals,
                         py::handle active, py::handle finite) {
   const std::string op = "learning speed";
-  const View rows = checked(op + ": moments", moments, kDLFloat, 64);
-  const View members = checked(op + ": membership", membership, kDLFloat, 64);
-  const View sums = checked(op + ": totals", totals, kDLFloat, 64);
-  const View flag = checked(op + ": finite", finite, kDLBool, 8);
+  const View sums = checked_vector(op + ": totals", totals, kDLFloat, 64);
+  const int64_t groups = sums.count;
+  const int64_t all = view(membership, [&] { return op + ": membership"; }).count;
+  const int64_t tensors = groups == 0 ? 0 : all / groups;
+  const View members = checked(op + ": membership", membership, kDLFloat, 64, {groups, tensors});
+  const View rows = checked(op + ": moments", moments, kDLFloat, 64, {2, tensors, 3});
+  const View flag = checked_one(op + ": finite", finite, kDLBool, 8);
   for (const View* each : {&members, &sums, &flag}) {
     require_device(*each, op + ": every tensor", rows, "the moments");
-  }
-  const int64_t tensors = sums.count ? members.count / sums.count : 0;
-  if (members.count != sums.count * tensors || rows.count != 6 * tensors) {
-    throw py::value_error(op + ": moments must be [2, T, 3] and membership [G, T] (got " +
-                          std::to_string(rows.count) + ", " + std::to_string(members.count) +
-                          " and " + std::to_string(sums.count) + " elements)");
   }
   Speeds args{static_cast<const double*>(rows.data()),
               static_cast<const double*>(members.data()),
               static_cast<double*>(sums.data()),
-              sums.count,
+              groups,
               tensors,
               nullptr,
               static_cast<bool*>(flag.data())};
   if (!active.is_none()) {
-    const View gate = checked(op + ": active", active, kDLBool, 8);
+    const View gate = checked_one(op + ": active", active, kDLBool, 8);
     require_device(gate, op + ": active", rows, "the moments");
     args.active = static_cast<const bool*>(gate.data());
   }

@@ -1,18 +1,80 @@
 #include "python/tensors.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace mmbal {
 namespace {
+
+using namespace pybind11::literals;
+
+// Whether a tensor is a view of negated memory. The exchange API does not tell, and to ask torch
+// for each tensor of a list drops the GIL as often, a fifth of the list's host side. So the bit is
+// read where torch keeps it, a place that is found by comparing views that differ in nothing else;
+// where none is found, torch is asked.
+class NegativeBit {
+ public:
+  explicit NegativeBit(py::handle torch) {
+    for (const char* dtype : {"float32", "float64", "float16"}) {
+      py::object base = torch.attr("ones")(py::make_tuple(2, 3), "dtype"_a = torch.attr(dtype),
+                                           "device"_a = "cpu");
+      const py::object plain = base.attr("view")(py::make_tuple(6));
+      const py::object negated = torch.attr("_neg_view")(plain);
+      if (!compare(plain, negated)) return;
+    }
+    found_ = true;
+  }
+  bool found() const { return found_; }
+  bool of(py::handle tensor) const {
+    if (found_) return (word(implementation(tensor), key_) & bit_) != 0;
+    return tensor.attr("is_neg")().cast<bool>();
+  }
+
+ private:
+  static uint64_t word(const void* memory, size_t i) {
+    uint64_t value;
+    std::memcpy(&value, static_cast<const char*>(memory) + 8 * i, sizeof value);
+    return value;
+  }
+  const void* implementation(py::handle tensor) const {
+    return reinterpret_cast<const void*>(word(tensor.ptr(), pointer_));
+  }
+  // Finds the place, or checks that it is the same for another pair of tensors.
+  bool compare(py::handle plain, py::handle negated) {
+    const size_t words = static_cast<size_t>(Py_TYPE(plain.ptr())->tp_basicsize) / 8;
+    const auto address = plain.attr("_cdata").cast<uint64_t>();
+    size_t at = 2;  // behind reference count and type
+    while (at < words && word(plain.ptr(), at) != address) ++at;
+    if (at == words) return false;
+    pointer_ = at;
+    constexpr size_t kWords = 24;  // of an implementation at most: it has more
+    for (size_t i = 1; i < kWords; ++i) {
+      const uint64_t before = word(implementation(plain), i);
+      const uint64_t after = word(implementation(negated), i);
+      const uint64_t bit = before ^ after;
+      if (bit == 0 || (bit & (bit - 1)) != 0 || (after & bit) == 0) continue;
+      if (bit_ != 0 && (i != key_ || bit != bit_)) continue;
+      key_ = i;
+      bit_ = bit;
+      return true;
+    }
+    return false;
+  }
+
+  size_t pointer_ = 0, key_ = 0;  // words: the implementation in a tensor, the bit in that
+  uint64_t bit_ = 0;
+  bool found_ = false;
+};
 
 // Found once and kept for the life of the process.
 struct Torch {
   const DLPackExchangeAPI* api;
   PyTypeObject* tensor;
   PyTypeObject* parameter;
+  PyObject* no_dispatch;  // what a type without __torch_dispatch__ of its own has under that name
+  NegativeBit negative_bit;
 
-  Torch() {
-    py::module_ torch = py::module_::import("torch");
+  explicit Torch(const py::module_& torch) : negative_bit(torch) {
     py::object type = torch.attr("Tensor");
     py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
     const auto* found = capsule.get_pointer<const DLPackExchangeAPI>();
@@ -23,6 +85,7 @@ struct Torch {
       throw py::import_error("mmbal_fast: torch's DLPack exchange API must be of version 1");
     }
     api = found;
+    no_dispatch = py::object(type.attr("__torch_dispatch__")).release().ptr();
     tensor = reinterpret_cast<PyTypeObject*>(type.release().ptr());
     parameter = reinterpret_cast<PyTypeObject*>(
         torch.attr("nn").attr("Parameter").cast<py::object>().release().ptr());
@@ -30,7 +93,7 @@ struct Torch {
 };
 
 const Torch& torch() {
-  static const Torch* found = new Torch();
+  static const Torch* found = new Torch(py::module_::import("torch"));
   return *found;
 }
 
@@ -41,7 +104,7 @@ Layout layout_of(const DLTensor& tensor, int64_t count) {
     if (tensor.shape[d] != 1) contiguous &= tensor.strides[d] == expected;
     expected *= tensor.shape[d];
   }
-  if (contiguous || count <= 1) return Layout::kDense;
+  if (contiguous || count <= 1) return Layout::kContiguous;
   constexpr int32_t kMaxDims = 64;  // torch's own limit
   std::pair<int64_t, int64_t> dims[kMaxDims];
   int n = 0;
@@ -62,9 +125,16 @@ Layout layout_of(const DLTensor& tensor, int64_t count) {
 
 }  // namespace
 
-bool is_plain_tensor(py::handle object) {
+bool is_tensor(py::handle object) {
+  return PyType_IsSubtype(Py_TYPE(object.ptr()), torch().tensor) != 0;
+}
+
+bool has_plain_memory(py::handle object) {
   PyTypeObject* type = Py_TYPE(object.ptr());
-  return type == torch().tensor || type == torch().parameter;
+  if (type == torch().tensor || type == torch().parameter) return true;
+  return is_tensor(object) &&
+         py::handle(reinterpret_cast<PyObject*>(type)).attr("__torch_dispatch__").ptr() ==
+             torch().no_dispatch;
 }
 
 bool export_view(py::handle object, View* out) {
@@ -74,12 +144,37 @@ bool export_view(py::handle object, View* out) {
   }
   out->count = 1;
   for (int32_t d = 0; d < out->tensor.ndim; ++d) out->count *= out->tensor.shape[d];
+  if (out->tensor.data == nullptr && out->count != 0) return false;
   out->layout = layout_of(out->tensor, out->count);
+  out->negated = torch().negative_bit.of(object);
   return true;
 }
 
+bool reads_negative_bit() { return torch().negative_bit.found(); }
+
+namespace {
+
+// What a tensor is that has no plain memory, in words of torch's users.
+std::string kind_of(py::handle object) {
+  const py::module_ module = py::module_::import("torch");
+  const py::object type = py::reinterpret_borrow<py::object>(py::type::handle_of(object));
+  const std::string name = py::str(type.attr("__qualname__"));
+  if (!is_tensor(object)) return name;
+  if (!has_plain_memory(object)) return std::string(py::str(type.attr("__module__"))) + "." + name;
+  if (module.attr("_is_functional_tensor")(object).cast<bool>()) return "functionalized " + name;
+  const py::object functorch = module.attr("_C").attr("_functorch");
+  if (functorch.attr("is_functorch_wrapped_tensor")(object).cast<bool>()) {
+    return name + " within a transform of torch.func";
+  }
+  if (object.attr("_is_zerotensor")().cast<bool>()) return name + " of zeros without memory";
+  if (object.attr("is_neg")().cast<bool>()) return "negated view, resolve_neg() copies it";
+  return name;
+}
+
+}  // namespace
+
 void throw_not_viewable(py::handle object, const std::string& name) {
-  std::string got = py::str(py::type::handle_of(object).attr("__name__"));
+  std::string got = kind_of(object);
   if (py::hasattr(object, "layout") && py::hasattr(object, "device")) {
     got += ", " + std::string(py::str(object.attr("layout"))) + ", " + dtype_name(object) + " on " +
            std::string(py::str(object.attr("device")));

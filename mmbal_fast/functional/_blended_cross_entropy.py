@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._logits import classes_second, rows
+from mmbal_fast.functional._logits import classes_second, plain, rows
 from mmbal_fast.functional._operation import Operation
 from mmbal_fast.reference._blending import compute_dtype
 
@@ -95,6 +95,7 @@ def blend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`blended_cross_entropy` and the number of samples that counted, int64 ``[]``."""
     weights = _checked(logits, target, weights, label_smoothing)
+    logits, target = [plain(each) for each in logits], plain(target)
     dtype = compute_dtype(logits)
     if dtype == torch.float64:  # the kernels have all logits in float64, or none
         logits = [each.double() for each in logits]

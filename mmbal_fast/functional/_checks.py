@@ -40,13 +40,46 @@ def setting(op: str, name: str, value: float | Tensor) -> float | Tensor:
 
 
 def word64(op: str, name: str, value: int) -> int:
-    """A 64-bit integer, as unsigned."""
+    """A 64-bit number from 0 on."""
     if not isinstance(value, SupportsIndex):
         raise TypeError(f"{op}: {name} must be an integer (got {value!r})")
     value = operator.index(value)
-    if not -(2**63) <= value < 2**64:
-        raise ValueError(f"{op}: {name} must fit 64 bits (got {value})")
-    return value % 2**64
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{op}: {name} must be from 0 to 2^64 - 1 (got {value})")
+    return value
+
+
+def integer(op: str, name: str, value: object, least: int, most: int) -> int:
+    """An integer from ``least`` to ``most``."""
+    if not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be an integer (got {type(value).__name__})")
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise ValueError(f"{op}: {name} must be from {least} to {most} (got {number})")
+    return number
+
+
+def tensor_id(op: str, name: str, value: int) -> None:
+    """A 32-bit number of the noise."""
+    integer(op, name, value, 0, 2**32 - 1)
+
+
+def offset(op: str, name: str, value: int, elements: int) -> None:
+    """A global index of a first element; those behind it are 64-bit numbers too."""
+    if integer(op, name, value, 0, 2**63 - 1) + elements >= 2**63:
+        raise ValueError(
+            f"{op}: {name} must leave room for {elements} elements below 2^63 (got {value})"
+        )
+
+
+def step(op: str, value: int | Tensor) -> None:
+    """A step number, or an int64 tensor that holds one."""
+    if not isinstance(value, Tensor):
+        integer(op, "step", value, -(2**63), 2**63 - 1)
+    elif value.dtype != torch.int64:
+        raise TypeError(f"{op}: step must be int64 (got {value.dtype})")
+    elif value.numel() != 1:
+        raise ValueError(f"{op}: step must have one element (got shape {list(value.shape)})")
 
 
 def rule_name(op: str, rule: object) -> str:
@@ -64,6 +97,14 @@ def vector(op: str, name: str, value: Tensor, least: int) -> None:
         raise ValueError(
             f"{op}: {name} must be floating point of shape [M], M >= {least} "
             f"(got {value.dtype} of shape {list(value.shape)})"
+        )
+
+
+def sequence(op: str, name: str, value: object) -> None:
+    """Tensors in an order, which can be read more than once."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(
+            f"{op}: {name} must be a list or tuple of tensors (got {type(value).__name__})"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmbal_fast import reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._logits import check_labels, classes_second
+from mmbal_fast.functional._logits import check_labels, classes_second, plain
 from mmbal_fast.functional._observe import native_scores_
 from mmbal_fast.functional._operation import Operation
 
@@ -59,14 +59,16 @@ def contribution_scores(
 def _native(
     native: ModuleType, logits: Sequence[Tensor], target: Tensor, ignore_index: int
 ) -> Tensor:
-    state = target.new_empty((3, len(logits)), dtype=torch.float32)
+    state = torch.empty((3, len(logits)), dtype=torch.float32, device=target.device)
     native_scores_(native, state, logits, target, ignore_index, False, 0.0, "none", None)
     return state[0]
 
 
 def _reference(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> Tensor:
     check_labels("contribution_scores", logits, target, ignore_index)
-    return reference.contribution_scores(logits, target, ignore_index=ignore_index)
+    return reference.contribution_scores(
+        [plain(each) for each in logits], plain(target), ignore_index=ignore_index
+    )
 
 
 _operation = Operation(

@@ -38,6 +38,7 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
         tensor([[ 3.,  3., 14.],
                 [ 0.,  0.,  0.]], dtype=torch.float64)
     """
+    _checks.sequence("gradient_moments", "grads", grads)
     return moments_of(grads)
 
 
@@ -64,10 +65,10 @@ def _native(
         for index, grad in enumerate(grads):
             if grad is not None:
                 moments[index] = moments_of.run([grad])[0].to(moments.device)
-    elif unfit is not None:  # gaps between the elements
+    elif unfit is not None:  # gaps between the elements, or negated
         dense = list(grads)
         for index in unfit:
-            dense[index] = dense[index].contiguous()
+            dense[index] = dense[index].resolve_neg().contiguous()
         return _native(native, dense, names=names, out=moments)
     return moments
 

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from mmbal_fast.functional._operation import in_graph
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor of a subclass that only carries more with it as its elements alone."""
+    kind = type(tensor)
+    if kind is Tensor or kind is Parameter or in_graph():
+        return tensor
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor  # its elements are elsewhere: the native module refuses it by name
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def classes_second(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmbal_fast import _backend, reference
-from mmbal_fast.functional import _checks
+from mmbal_fast.functional import _checks, _memory
 from mmbal_fast.functional._gradient_moments import moments_of
 from mmbal_fast.functional._operation import Operation, in_graph
 
@@ -90,6 +90,8 @@ def modulate_(
         (tensor([0.2500, 0.2500]), tensor([1., 1.]))
     """
     op = "modulate_"
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"{op}: coefficients must be a tensor (got {type(coefficients).__name__})")
     noise = _checks.setting(op, "noise", noise)
     eps = _checks.number(op, "eps", eps)
     seed = _checks.word64(op, "seed", seed)
@@ -118,7 +120,7 @@ def finite_moments(
 ) -> Tensor:
     """Moments of the gradients, read by the host to raise if they are not finite."""
     moments = moments_of(grads, names=names) if moments is None else moments
-    broken = (~moments.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    broken = (~moments[:, 1].isfinite()).nonzero().flatten().tolist()
     if broken:
         which = ", ".join(_checks.label(names, index) for index in broken)
         raise RuntimeError(f"{op}: gradients must be finite (got NaN or inf in {which})")
@@ -245,13 +247,14 @@ def _run(native: ModuleType, grads: Sequence[Tensor | None], given: _Arguments) 
     if unfit is True:
         _per_device_(native, grads, given)
     elif unfit is not None:
-        # Tensors with gaps between their elements are updated in a packed copy.
+        # Tensors with gaps between their elements, and negated views, are updated in a packed copy.
+        _memory.distinct("modulate_", grads, given.modality, given.names)
         packed = list(grads)
         copies: dict[object, Tensor] = {}  # one for a tensor that is listed twice
         for index in unfit:
             view: Any = grads[index]
             which = (view.data_ptr(), view.shape, view.stride())
-            packed[index] = copies.setdefault(which, view.contiguous())
+            packed[index] = copies.setdefault(which, view.resolve_neg().contiguous())
         _run(native, packed, given)
         for index in unfit:
             grads[index].copy_(packed[index])
@@ -274,6 +277,7 @@ def _per_device_(native: ModuleType, grads: Sequence[Tensor | None], given: _Arg
 
     # All groups are checked before the first is written.
     _checks.gradients("modulate_", grads, given.names)
+    _memory.distinct("modulate_", grads, given.modality, given.names)
     for device, kept in groups.items():
         local = given.only(kept, len(grads))
         status = at(given.status, device)
@@ -304,22 +308,27 @@ def _reference(
         ("modality", given.modality),
         ("tensor_ids", given.tensor_ids),
         ("offsets", given.offsets),
-        ("moments", given.moments),
     ):
         if entries is not None and len(entries) != total:
             raise ValueError(
                 f"{op}: {name} must hold one entry per gradient (got {len(entries)} for {total})"
             )
+    if given.moments is not None and given.moments.shape != (total, 3):
+        raise ValueError(
+            f"{op}: moments must have shape {[total, 3]} (got {list(given.moments.shape)})"
+        )
+    _checks.step(op, given.now)
     _checks.gradients(op, grads, given.names)
-    kept: list[int] = []
-    owner: dict[int, int] = {}
     for index, grad in enumerate(grads):
         if grad is None or grad.numel() == 0:
             continue
-        modality = given.modality[index]
+        label = _checks.label(given.names, index)
+        modality = _checks.integer(
+            op, f"modality[{index}]", given.modality[index], -(2**63), 2**63 - 1
+        )
         if not 0 <= modality < len(given.coefficients):
             raise ValueError(
-                f"{op}: {_checks.label(given.names, index)} must belong to a modality from 0 to "
+                f"{op}: {label} must belong to a modality from 0 to "
                 f"{len(given.coefficients) - 1} (got {modality})"
             )
         if grad.device.type != given.coefficients.device.type:
@@ -327,15 +336,11 @@ def _reference(
                 f"{op}: coefficients must be on the device of the gradients "
                 f"(got {given.coefficients.device} and {grad.device})"
             )
-        first = owner.setdefault(grad.data_ptr(), index)
-        if first == index:
-            kept.append(index)
-        elif given.modality[first] != modality or grads[first].numel() != grad.numel():  # type: ignore[union-attr]
-            raise ValueError(
-                f"{op}: {_checks.label(given.names, index)} must belong to one modality and not "
-                f"share memory with another (got modalities {given.modality[first]} and "
-                f"{modality})"
-            )
+        if given.tensor_ids is not None:
+            _checks.tensor_id(op, f"tensor_ids[{index}]", given.tensor_ids[index])
+        if given.offsets is not None:
+            _checks.offset(op, f"offsets[{index}]", given.offsets[index], grad.numel())
+    kept = _memory.distinct(op, grads, given.modality, given.names)
     local = given.only(kept, total)
     mine = [grads[index] for index in kept]
     moments = local.moments
@@ -355,7 +360,7 @@ def _reference(
         eps=local.eps,
     )
     if given.status is not None and moments is not None:
-        broken = (~moments.isfinite()).any()
+        broken = (~moments[:, 1].isfinite()).any()
         given.status.bitwise_or_(broken.to(given.status) * NON_FINITE_GRADIENT)
     if given.advance:
         given.counter.add_(1)  # type: ignore[union-attr]

@@ -50,10 +50,9 @@ def noise_like(
     """
     op = "noise_like"
     seed = _checks.word64(op, "seed", seed)
-    if not 0 <= tensor_id < 2**32:
-        raise ValueError(f"{op}: tensor_id must fit 32 bits (got {tensor_id})")
-    if offset < 0:
-        raise ValueError(f"{op}: offset must be from 0 on (got {offset})")
+    _checks.tensor_id(op, "tensor_id", tensor_id)
+    _checks.offset(op, "offset", offset, tensor.numel())
+    _checks.step(op, step)
     if tensor.dtype not in _checks.FLOATS:
         raise TypeError(
             f"{op}: tensor must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"

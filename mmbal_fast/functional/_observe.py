@@ -11,7 +11,7 @@ from torch import Tensor
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
 from mmbal_fast.functional._derive import RULE_CODES, derive_
-from mmbal_fast.functional._logits import check_labels, rows
+from mmbal_fast.functional._logits import check_labels, plain, rows
 from mmbal_fast.functional._operation import Operation
 
 
@@ -26,13 +26,14 @@ def native_scores_(
     rule: str,
     status: Tensor | None,
 ) -> None:
-    flat = [rows(each) for each in logits]
+    target = plain(target)
+    flat = [rows(plain(each)) for each in logits]
     labels: Tensor | tuple[Tensor, ...]
     if target.is_floating_point():
         soft = rows(target)
         labels = tuple(soft.to(each.dtype) for each in flat)
     else:
-        labels = target.to(torch.int64).contiguous()
+        labels = target.to(torch.int64).flatten().contiguous()
     native.scores_(
         flat,
         labels,
@@ -58,7 +59,9 @@ def _reference(
     status: Tensor | None,
 ) -> None:
     check_labels("contribution_scores", logits, target, ignore_index)
-    scores = reference.contribution_scores(logits, target, ignore_index=ignore_index)
+    scores = reference.contribution_scores(
+        [plain(each) for each in logits], plain(target), ignore_index=ignore_index
+    )
     state[0] = state[0] + scores if accumulate else scores
     derive_.run(state, True, alpha, rule)
 

@@ -9,7 +9,7 @@ namespace emulation {
 void bind(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<Graph>(m, "Graph")
-      .def("__len__", [](const Graph& graph) { return graph.launches.size(); })
+      .def("__len__", [](const Graph& graph) { return graph.launches; })
       .def("replay", [](const Graph& graph) {
         const cudaError_t error = graph.replay();
         if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));

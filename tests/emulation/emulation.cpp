@@ -649,15 +649,16 @@ cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes,
       return record(cudaErrorNotSupported);
   if (capture.graph) {
     if (capture.spoiled) return record(cudaErrorStreamCaptureInvalidated);
-    capture.graph->launches.push_back([config, run] { return run_grid(config, run); });
+    capture.graph->work.push_back([config, run] { return run_grid(config, run); });
+    ++capture.graph->launches;
     return cudaSuccess;
   }
   return run_grid(config, run);
 }
 
 cudaError_t Graph::replay() const {
-  for (const auto& launch : launches) {
-    const cudaError_t error = launch();
+  for (const auto& run : work) {
+    const cudaError_t error = run();
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -811,10 +812,16 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   return error == cudaSuccess ? cudaDeviceSynchronize() : error;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
-  if (bytes != 0) std::memset(to, value, bytes);
+  if (capture.spoiled) return record(cudaErrorStreamCaptureInvalidated);
+  const auto run = [=] {
+    if (bytes != 0) std::memset(to, value, bytes);
+    return cudaSuccess;
+  };
+  if (!capture.graph) return run();
+  capture.graph->work.push_back(run);
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  if (spoils_capture()) return cudaErrorStreamCaptureUnsupported;
   return cudaMemsetAsync(to, value, bytes, nullptr);
 }

@@ -366,11 +366,22 @@ void capture() {
   REQUIRE(cudaStreamIsCapturing(nullptr, &status) == cudaSuccess);
   REQUIRE(status == cudaStreamCaptureStatusActive);
   const auto graph = emulation::end_capture();
-  REQUIRE(sum == 0 && graph != nullptr && graph->launches.size() == 2);
+  REQUIRE(sum == 0 && graph != nullptr && graph->launches == 2);
   for (int i = 1; i <= 3; ++i) {
     REQUIRE(graph->replay() == cudaSuccess);
     REQUIRE(sum == 11 * i);
   }
+
+  emulation::begin_capture();
+  REQUIRE(cudaMemsetAsync(&sum, 0, sizeof sum, nullptr) == cudaSuccess);
+  REQUIRE(start(1, 1, add, addition) == cudaSuccess);
+  const auto zeroing = emulation::end_capture();
+  REQUIRE(sum == 33 && zeroing != nullptr && zeroing->launches == 1);
+  for (int i = 0; i < 2; ++i) {
+    REQUIRE(zeroing->replay() == cudaSuccess);
+    REQUIRE(sum == 100);
+  }
+  sum = 33;
 
   int* memory = nullptr;
   const std::vector<std::function<cudaError_t()>> forbidden = {

@@ -103,8 +103,31 @@ def test_no_tensor_at_all(native: Backend) -> None:
         pytest.raises(TypeError, match=r"^modulate_: gradient grads\[3\] must be.*\(got float\)$"),
     ):
         modulate_([*good, 0.5], k, [0] * 4)  # type: ignore[list-item]
-    with pytest.raises(TypeError, match=r"^modulate_: grads must be a sequence of tensors$"):
+    with pytest.raises(
+        TypeError, match=r"^modulate_: grads must be a sequence .* \(got NoneType\)$"
+    ):
         modulate_(None, k, [0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coefficients": [0.5]}, r"coefficients must be a tensor \(got list\)"),
+        ({"step": 1.5}, r"step must be an integer .*\(got float\)"),
+        ({"modality": [0, 0.0, 0]}, r"modality\[1\] must be an integer \(got float\)"),
+        ({"tensor_ids": [0, "1", 2]}, r"tensor_ids\[1\] must be an integer \(got str\)"),
+        ({"offsets": [0, None, 2]}, r"offsets\[1\] must be an integer \(got NoneType\)"),
+        ({"seed": 1.5}, r"seed must be an integer \(got 1.5\)"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind(
+    backend: Backend, arguments: dict[str, Any], message: str
+) -> None:
+    good = three_gradients(backend)
+    given: dict[str, Any] = {"coefficients": torch.tensor([0.5], device=backend.device)}
+    with unchanged(*good), pytest.raises(TypeError, match=f"^modulate_: {message}"):
+        modulate_(good, **given | {"modality": [0] * 3} | arguments)
 
 
 def test_same_memory_in_two_modalities(backend: Backend) -> None:
@@ -151,17 +174,36 @@ def test_shorter_view_of_another_gradient(backend: Backend) -> None:
         ({"noise": math.inf}, r"noise must be a number from 0 on \(got inf\)"),
         ({"eps": -1e-8}, r"eps must be a number from 0 on \(got -1e-08\)"),
         ({"eps": NAN}, r"eps must be a number from 0 on \(got nan\)"),
-        ({"seed": 2**64}, r"seed must fit 64 bits \(got 18446744073709551616\)"),
-        ({"seed": -(2**63) - 1}, r"seed must fit 64 bits \(got -9223372036854775809\)"),
-        ({"moments": torch.zeros(2, 3).double()}, r"moments must hold .* per gradient \(got"),
+        ({"seed": 2**64}, r"seed must be from 0 to 2\^64 - 1 \(got 18446744073709551616\)"),
+        ({"seed": -1}, r"seed must be from 0 to 2\^64 - 1 \(got -1\)"),
+        (
+            {"tensor_ids": [0, 2**32 + 7, 1]},
+            r"tensor_ids\[1\] must be from 0 to \d+ \(got 4294967303\)",
+        ),
+        ({"tensor_ids": [0, 1, -1]}, r"tensor_ids\[2\] must be from 0 to 4294967295 \(got -1\)"),
+        ({"offsets": [-1, 0, 0]}, r"offsets\[0\] must be from 0 to \d+ \(got -1\)"),
+        (
+            {"offsets": [0, 0, 2**63]},
+            r"offsets\[2\] must be from 0 to \d+ \(got 9223372036854775808\)",
+        ),
+        (
+            {"offsets": [0, 0, 2**63 - 5000]},
+            r"offsets\[2\] must leave room for 5000 elements below 2\^63 \(got \d+\)",
+        ),
+        ({"step": 2**63}, r"step must be from -\d+ to 9223372036854775807 \(got \d+\)"),
+        ({"step": torch.ones(2).long()}, r"step must have one element \(got shape \[2\]\)"),
+        ({"step": torch.ones(0).long()}, r"step must have one element \(got shape \[0\]\)"),
+        ({"moments": torch.zeros(2, 3).double()}, r"moments must have shape \[3, 3\] \(got"),
+        ({"moments": torch.zeros(3, 2).double()}, r"moments must have shape \[3, 3\] \(got"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_arguments_of_modulate(backend: Backend, arguments: dict[str, Any], message: str) -> None:
     good = three_gradients(backend)
     given: dict[str, Any] = {"modality": [0, 0, 1]} | arguments
-    if "moments" in given:
-        given["moments"] = given["moments"].to(backend.device)
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            given[name] = value.to(backend.device)
     k = torch.tensor([0.5, 1.0], device=backend.device)
     with unchanged(*good), pytest.raises(ValueError, match=f"^modulate_: {message}"):
         modulate_(good, k, **given)

@@ -515,7 +515,7 @@ def test_one_launch_equals_two(
                     inverse_scale=factors(native.device, 0.3)[0] if unscales else None,
                     found_inf=found if unscales else None,
                 )
-                (workspace,) = _backend._workspaces.values()
+                (workspace,) = _backend._kept.workspaces.values()
                 assert not workspace[:COUNTERS].any()
         results.append([*mine, status, counter, found])
     for one, two in zip(*results, strict=True):
@@ -524,6 +524,22 @@ def test_one_launch_equals_two(
 
 
 # --- values that are not numbers
+
+
+@pytest.mark.parametrize("size", [1, 3, CHUNK + 40])
+def test_large_numbers_are_numbers(backend: Backend, size: int) -> None:
+    """Also where their squares are too large for float64; then there is no noise."""
+    large = torch.linspace(-1e160, 3e160, size, dtype=torch.float64).to(backend.device)
+    expected, k = scaled(large, 0.5), factors(backend.device, 0.5)
+    status = torch.zeros(1, dtype=torch.int32, device=backend.device)
+    modulate_([large], k, [0], status=status, error_if_nonfinite=True)
+    assert torch.equal(large, expected)
+    assert status.item() == 0
+    large[-1] = INF
+    with pytest.raises(RuntimeError, match="gradients must be finite"):
+        modulate_([large], k, [0], error_if_nonfinite=True)
+    modulate_([large], k, [0], status=status)
+    assert status.item() == 1
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -504,14 +504,15 @@ cudaError_t occupancy(int* blocks, int block_size);
 cudaError_t launch(const cudaLaunchConfig_t& config, size_t parameter_bytes,
                    std::function<void()> run);
 
-// Stream capture, for tests: launches between begin_capture() and end_capture() are kept with a
-// copy of their arguments instead of run. Whatever else would queue work, wait or allocate fails
-// with cudaErrorStreamCaptureUnsupported and spoils the capture. (CUDA can capture some copies and
-// memsets; no kernel here needs them.)
+// Stream capture, for tests: launches and memsets between begin_capture() and end_capture() are
+// kept with a copy of their arguments instead of run. Whatever else would queue work, wait or
+// allocate fails with cudaErrorStreamCaptureUnsupported and spoils the capture. (CUDA can capture
+// some copies; nothing here needs them.)
 struct Graph {
-  std::vector<std::function<cudaError_t()>> launches;
+  std::vector<std::function<cudaError_t()>> work;
+  size_t launches = 0;
 
-  // Runs the launches one after another, up to the first that fails.
+  // Runs what was kept, one after another, up to the first that fails.
   cudaError_t replay() const;
 };
 void begin_capture();
