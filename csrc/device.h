@@ -41,6 +41,7 @@ template <class Device> void derive(const struct Derivation&, const Device&);
 template <class Device> void cross_entropy(const struct CrossEntropy&, const Device&);
 template <class Device> void cross_entropy_backward(const struct CrossEntropyBackward&, const Device&);
 template <class Device> void accumulate_speeds(const struct Speeds&, const Device&);
+template <class Device> void gradient_dots(const struct GradientDots&, const Device&);
 // clang-format on
 
 int cuda_device_count();         // 0 where there is no driver or this build has no kernels

@@ -16,7 +16,8 @@
 #endif
 
 // The families of operations: csrc/python/<family>.cpp has bind_<family>.
-#define MMBAL_FAMILIES(f) f(gradients) f(scores) f(cross_entropy) f(speeds) f(identity)
+#define MMBAL_FAMILIES(f) \
+  f(gradients) f(scores) f(cross_entropy) f(speeds) f(identity) f(gradient_dots)
 
 namespace mmbal {
 

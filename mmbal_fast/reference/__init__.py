@@ -7,6 +7,7 @@ from mmbal_fast.reference._blending import (
     blending_weights,
     overfitting_to_generalization_ratio,
 )
+from mmbal_fast.reference._gradient_dots import gradient_dots
 from mmbal_fast.reference._noise import noise_like
 from mmbal_fast.reference._norms import accumulate_speeds_, squared_norms
 from mmbal_fast.reference._ogm import (
@@ -25,6 +26,7 @@ __all__ = [
     "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
+    "gradient_dots",
     "gradient_moments",
     "modulate_",
     "modulation_coefficients",

@@ -49,6 +49,10 @@ def calls(device: torch.device) -> dict[str, Call]:
         ],
         "discrepancy_ratios": lambda ops: ops.discrepancy_ratios(ratios),
         "modulation_coefficients": lambda ops: ops.modulation_coefficients(ratios, 0.3),
+        "gradient_dots": lambda ops: [
+            ops.gradient_dots(grads, grads),
+            ops.gradient_dots([None], [None]),
+        ],
         "gradient_moments": lambda ops: [ops.gradient_moments(grads), ops.gradient_moments([None])],
         "modulate_": modulated,
         "noise_like": lambda ops: [
@@ -194,6 +198,7 @@ def test_transforms_of_torch_func_are_refused_by_name(native: Backend, name: str
         "contribution_scores": lambda x: functional.contribution_scores([x, x], target),
         "discrepancy_ratios": lambda x: functional.discrepancy_ratios(x[0]),
         "modulation_coefficients": lambda x: functional.modulation_coefficients(x[0], 0.1),
+        "gradient_dots": lambda x: functional.gradient_dots([x], [x]),
         "gradient_moments": lambda x: functional.gradient_moments([x]),
         "squared_norms": lambda x: functional.squared_norms([x], [0]),
         "modulate_": lambda x: functional.modulate_([x], target.float()[:1], [0]),
