@@ -8,16 +8,8 @@
 namespace mmbal {
 namespace {
 
-std::string shape_of(const View& tensor) {
-  std::string text = "[";
-  for (int32_t d = 0; d < tensor.tensor.ndim; ++d) {
-    text += (d ? ", " : "") + std::to_string(tensor.tensor.shape[d]);
-  }
-  return text + "]";
-}
-
 // None, or where the caller must step in: True for several devices, or the positions of pairs that
-// are not dense or lie in memory in different orders.
+// must be packed, or lie in memory in different orders.
 py::object gradient_dots_(py::handle first, py::handle second, py::handle out, int threads,
                           py::handle workspace) {
   const std::string op = "gradient_dots";
@@ -41,11 +33,9 @@ py::object gradient_dots_(py::handle first, py::handle second, py::handle out, i
     const View x = view(pair[0], name);
     const View y = view(pair[1], name);
     if (x.count == 0 || y.count == 0) continue;
-    const int32_t ndim = x.tensor.ndim;
-    if (ndim != y.tensor.ndim ||
-        !std::equal(x.tensor.shape, x.tensor.shape + ndim, y.tensor.shape)) {
-      throw py::value_error(name() + " must have one shape (got " + shape_of(x) + " and " +
-                            shape_of(y) + ")");
+    if (shape_of(x) != shape_of(y)) {
+      throw py::value_error(name() + " must have one shape (got " + to_string(shape_of(x)) +
+                            " and " + to_string(shape_of(y)) + ")");
     }
     if (x.tensor.dtype.code != y.tensor.dtype.code || x.tensor.dtype.bits != y.tensor.dtype.bits) {
       throw py::value_error(name() + " must have one dtype (got " + dtype_name(pair[0]) + " and " +
@@ -56,8 +46,11 @@ py::object gradient_dots_(py::handle first, py::handle second, py::handle out, i
     while (next_second->row < row) ++next_second;
     a.push_back(*next_first);
     b.push_back(*next_second);
-    bool fits = x.layout == Layout::kDense && y.layout == Layout::kDense;
-    for (int32_t d = 0; d < ndim; ++d) {
+    const auto packed = [&](const Gradients& list) {
+      return !std::binary_search(list.gaps.begin(), list.gaps.end(), row);
+    };
+    bool fits = packed(firsts) && packed(seconds);
+    for (int32_t d = 0; d < x.tensor.ndim; ++d) {
       fits &= x.tensor.shape[d] == 1 || x.tensor.strides[d] == y.tensor.strides[d];
     }
     if (!fits) unfit.push_back(row);
@@ -65,7 +58,7 @@ py::object gradient_dots_(py::handle first, py::handle second, py::handle out, i
   if (a.empty()) return py::none();
   if (firsts.mixed) return py::bool_(true);
   if (!unfit.empty()) return py::cast(unfit);
-  const View result = checked(op + ": out", out, kDLFloat, 64);
+  const View result = checked(op + ": out", out, kDLFloat, 64, {lists[0].size(), 3});
   require_device(result, op + ": out", firsts.first, "the gradients");
   const GradientDots args{a.data(), b.data(), static_cast<int64_t>(a.size()),
                           static_cast<double*>(result.data())};

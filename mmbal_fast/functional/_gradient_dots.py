@@ -33,7 +33,7 @@ def gradient_dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None
         is None or empty.
 
     Raises:
-        TypeError: a gradient that is sparse, complex, integer or on the meta device.
+        TypeError: no lists or tuples; a gradient that is sparse, complex, integer or on the meta device.
         RuntimeError: a gradient whose elements share memory.
         ValueError: lists of different length, or a pair that differs in shape, dtype or device.
 
@@ -45,6 +45,8 @@ def gradient_dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None
         tensor([[25.,  3.,  1.],
                 [ 0.,  0.,  0.]], dtype=torch.float64)
     """
+    _checks.sequence(OP, "first", first)
+    _checks.sequence(OP, "second", second)
     return _operation(first, second)
 
 
@@ -64,11 +66,11 @@ def _native(
         for index, pair in enumerate(zip(first, second, strict=True)):
             if None not in pair:
                 dots[index] = _operation.run(*([each] for each in pair))[0].to(dots.device)
-    elif unfit is not None:  # gaps between the elements, or two layouts
+    elif unfit is not None:  # gaps between the elements, negated, or two layouts
         firsts, seconds = list(first), list(second)
         for index in unfit:
-            firsts[index] = firsts[index].contiguous()
-            seconds[index] = seconds[index].contiguous()
+            firsts[index] = firsts[index].resolve_neg().contiguous()
+            seconds[index] = seconds[index].resolve_neg().contiguous()
         return _native(native, firsts, seconds)
     return dots
 

@@ -64,6 +64,7 @@ def layouts(base: Tensor) -> dict[str, Tensor]:
         .clone(memory_format=torch.contiguous_format)
         .transpose(0, 3),
         "sliced": torch.stack([base, base], dim=-1)[..., 1],
+        "negated": torch._neg_view(-base),
         "shifted": torch.cat([base.new_zeros(1), base.flatten()])[1:].view(base.shape),
     }
 
