@@ -44,12 +44,12 @@ def _normal_quantile(q: float) -> float:
 
 
 class ShuffleModality(FeatureMethod):
-    """Shuffle all modalities but one, the anchor; if it is chosen automatically, that is a prior.
+    """Shuffle all modalities but the anchor; chosen automatically, it lost 7 points on watch data.
 
-    The prior says that what is learnt fastest is a shortcut. Where it is wrong the method does
-    harm: with the slower of accelerometer and gyroscope as the anchor it lost 7 points on
-    smart-watch data (``docs/fusion.md``). So name the anchor if you know which modality can be
-    trusted, from data like the target's. It needs no held-out data.
+    The automatic choice, the modality that is slowest to learn, is a prior: it says that what is
+    learnt fastest is a shortcut. Where it is wrong the method does harm, see ``docs/fusion.md`` for
+    that figure. So name the anchor if you know which modality can be trusted, from data like the
+    target's. No held-out data are needed.
 
     Before the fusion, in training, each sample has with probability q the features of another
     sample of the batch in every modality but the anchor, a different one in each::
