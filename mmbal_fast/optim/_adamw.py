@@ -83,7 +83,8 @@ class AdamW(torch.optim.AdamW):
         *others: list[Tensor],
     ) -> Any:
         """Where torch's step collects what it works on: it goes on with the kept gradients."""
-        out = super()._init_group(group, parameters, gradients, first_moments, *others)
+        collect: Any = super()._init_group
+        out = collect(group, parameters, gradients, first_moments, *others)
         b1 = group["betas"][0]
         skipped = getattr(self, "found_inf", None)  # by a GradScaler
         for index, (parameter, moment) in enumerate(zip(parameters, first_moments, strict=True)):
@@ -101,5 +102,5 @@ class AdamW(torch.optim.AdamW):
         return out
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._kept = {}

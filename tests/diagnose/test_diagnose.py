@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmbal_fast import Diagnosis, diagnose
-from mmbal_fast.demo import _digits
-from mmbal_fast.demo._digits import Samples
-from mmbal_fast.demo._models import CHANNELS, FEATURES, encoder, images
+from mmbal_fast.compare import colored_digits
+from mmbal_fast.compare._networks import FEATURES, image_encoder
 from mmbal_fast.nn import MultiHeadLateFusion
 
 EPOCHS = 15
@@ -39,21 +38,20 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def digits() -> tuple[Batches, Batches]:
     """Colored digits; the labels of the validation part go with the colour, too."""
 
-    def batches(samples: Samples) -> Batches:
-        return [
-            (images(part), part.label)
-            for part in (samples[i : i + 64] for i in range(0, len(samples), 64))
-        ]
-
-    samples, _ = _digits.load(4)
-    return batches(samples[:600]), batches(samples[600:])
+    inputs, label = colored_digits(torch.Generator().manual_seed(4))
+    batches = [
+        ({name: each[rows] for name, each in inputs.items()}, label[rows])
+        for part in torch.arange(1200).split(600)
+        for rows in part.split(64)
+    ]
+    return batches[:10], batches[10:]
 
 
 def trained(train: Batches, *, balanced: bool) -> MultiHeadLateFusion:
     """Jointly, or with a loss for each modality beside the fused one."""
     torch.manual_seed(4)
-    encoders = {name: encoder(channels) for name, channels in CHANNELS.items()}
-    model = MultiHeadLateFusion(encoders, dict.fromkeys(CHANNELS, FEATURES), 10)
+    encoders = {"gray": image_encoder(1), "color": image_encoder(3)}
+    model = MultiHeadLateFusion(encoders, dict.fromkeys(encoders, FEATURES), 10)
     optimizer = sgd(model.parameters())
     for _ in range(EPOCHS):
         for inputs, target in train:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import mmbal_fast
-from mmbal_fast.demo import _digits
+from mmbal_fast.compare import colored_digits
 
 BATCH, RATE, MOMENTUM, ALPHA = 32, 0.05, 0.9, 0.5
 
@@ -19,18 +19,14 @@ class Digits(Dataset[dict[str, Tensor]]):
     """256 digits: gray, colour, labels."""
 
     def __init__(self) -> None:
-        self.samples = _digits.load(seed=0)[0][:256]
+        inputs, label = colored_digits(torch.Generator().manual_seed(0))
+        self.columns = {**inputs, "labels": label}
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return 256
 
     def __getitem__(self, index: int | Tensor) -> dict[str, Tensor]:
-        samples = self.samples
-        return {
-            "gray": samples.gray[index],
-            "color": samples.color[index],
-            "labels": samples.label[index],
-        }
+        return {name: each[:256][index] for name, each in self.columns.items()}
 
 
 class Net(nn.Module):

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mmbal_fast.compare import _report
+from mmbal_fast.compare._corruptions import CORRUPTIONS
+from mmbal_fast.compare._predictions import PREDICTIONS
+from mmbal_fast.compare._report import Line, lines, summaries
+from mmbal_fast.compare._rows import ROWS
+from mmbal_fast.compare._trainings import TRAININGS
+from mmbal_fast.compare._trial import Run
+
+
+def result(validation: float, test: float, own: tuple[float, float] = (50.0, 60.0)) -> Any:
+    corrupted = {kind: {"a": test - 10, "b": test - 20} for kind in CORRUPTIONS}
+    way = {"validation": validation, "test": test, "corrupted": corrupted}
+    names = dict(zip("ab", own, strict=True))
+    ways = dict.fromkeys(PREDICTIONS, way)
+    return {"step_ms": 2.0, "ways": ways, "own": names, "told": names, "alone": names}
+
+
+def results(training: str, *tried: tuple[float, float, float], seed: int = 0) -> Any:
+    """Of (rate, validation accuracy, test accuracy)."""
+    return {
+        Run("/x/toy.py", "sgd", training, rate, seed, 1): result(validation, test)
+        for rate, validation, test in tried
+    }
+
+
+def test_rows_are_of_known_trainings_and_predictions():
+    for key, row in ROWS.items():
+        assert row.key == key
+        assert row.training in TRAININGS
+        assert row.prediction in (*PREDICTIONS, "alone")
+        assert set(row.optimizers) <= {"sgd", "adamw"}
+    assert {row.training for row in ROWS.values()} == set(TRAININGS)
+    assert {row.prediction for row in ROWS.values()} == {"alone", *PREDICTIONS}
+
+
+def test_what_a_prediction_is_fitted_to_stands_beside_its_name():
+    for row in ROWS.values():
+        fitted = {"gate", "gate16", "pool", "blend"} & {row.prediction} or row.training in (
+            "blending",
+            "shuffle",
+        )
+        assert bool(row.uses) == bool(fitted), row.key
+
+
+def test_validation_chooses_the_learning_rate_and_the_test_does_not():
+    found = results("joint", (0.1, 70.0, 90.0), (0.2, 80.0, 60.0), (0.3, 80.0, 99.0))
+    (line,) = lines(found, [ROWS["joint"]])
+    assert (line.rate, line.validation, line.accuracy) == (0.2, 80.0, 60.0)
+    assert (line.data, line.own, line.told) == ("toy", {"a": 50.0, "b": 60.0}, 55.0)
+    assert line.corrupted == dict.fromkeys(CORRUPTIONS, 45.0)
+
+
+def test_each_modality_alone_chooses_its_own_rate():
+    found = {
+        Run("toy.py", "sgd", "independent", rate, 0, 1): result(0.0, 0.0, own)
+        for rate, own in {0.1: (80.0, 20.0), 0.2: (70.0, 30.0)}.items()
+    }
+    first, second = lines(found, [ROWS["alone"]])
+    assert (first.row, first.label, first.rate, first.accuracy) == ("alone:a", "a alone", 0.1, 80.0)
+    assert (second.row, second.label, second.rate) == ("alone:b", "b alone", 0.2)
+
+
+def made(row: str, accuracies: list[float], optimizer: str = "sgd") -> list[Line]:
+    corrupted = dict.fromkeys(CORRUPTIONS, 40.0)
+    rest = (0.1, 0.0), ({"a": 50.0}, corrupted, 45.0, 2.0)
+    return [
+        Line("toy", optimizer, row, seed, *rest[0], each, *rest[1])
+        for seed, each in enumerate(accuracies)
+    ]
+
+
+def difference(row: list[float], joint: list[float]) -> str:
+    (found,) = summaries([*made("joint", joint), *made("ogm", row)]).values()
+    return found[1].difference
+
+
+def test_differences_are_paired_by_seed():
+    # Far apart between the seeds, one point and a little within each.
+    assert difference([11.0, 51.2, 90.8], [10.0, 50.0, 90.0]) == "**+1.0 ± 0.1**"
+
+
+def test_nothing_is_bold_within_two_standard_errors():
+    assert difference([51.0, 49.0, 52.0], [50.0, 50.0, 50.0]) == "+0.7 ± 0.9"
+    assert difference([51.0], [50.0]) == "+1.0"  # no error is known
+    assert difference([48.0, 48.1], [50.0, 50.0]) == "**-1.9 ± 0.1**"
+
+
+def test_without_joint_there_is_nothing_to_compare_with():
+    (found,) = summaries(made("ogm", [1.0, 2.0])).values()
+    assert (found[0].difference, found[0].cost) == ("", "")
+
+
+def test_csv_has_a_line_per_row_and_seed(tmp_path):
+    _report.write_csv([*made("joint", [50.0, 51.0]), *made("alone:a", [2.0])], tmp_path / "x.csv")
+    rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
+    assert [row["row"] for row in rows] == ["joint", "joint", "alone:a"]
+    assert (rows[0]["accuracy"], rows[0]["own"], rows[0]["noise"]) == ("50.00", "a=50.00", "40.00")
+
+
+LINES = [
+    line
+    for optimizer in ("sgd", "adamw")
+    for row in ROWS
+    for line in made(f"{row}:a" if row == "alone" else row, [98.5, 97.4, 99.0], optimizer)
+]
+
+
+def test_no_row_hides_what_it_uses(capsys):
+    text = _report.markdown(LINES)
+    for row in ROWS.values():
+        for line in text.splitlines():
+            if line.startswith(f"| {row.label} |"):
+                assert f"| {row.label} | {row.uses} |" in line
+    Console(width=80).print(_report.table("toy", "sgd", summaries(LINES)["toy", "sgd"]))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    words = shown.replace("│", " ").split()
+    for row in ROWS.values():
+        assert set(row.uses.split()) <= set(words)
+
+
+def test_the_demo_fits_80_columns(capsys):
+    from mmbal_fast import demo
+
+    rows = [row for row in ROWS if row in demo.SHOWN and row != "alone"]
+    shown = [
+        Line(data, line.optimizer, line.row, *[getattr(line, x) for x in ORDER])
+        for data in demo.DATA
+        for line in LINES
+        if line.row in (*rows, "alone:a")
+    ]
+    Console(width=80).print(demo.table(shown))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("98.3 ± 0.8") == 4 * len(demo.SHOWN)
+
+
+ORDER = ("seed", "rate", "validation", "accuracy", "own", "corrupted", "told", "step_ms")
+
+
+def test_the_plot_has_a_panel_per_data_set_and_a_point_per_row(tmp_path):
+    paths = _report.save(LINES, tmp_path)
+    assert [path.name for path in paths] == ["results.csv", "table.md", "compare.png"]
+    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+    (axes,) = _report.figure(LINES).axes
+    assert axes.get_title(loc="left") == "toy"
+    assert len(axes.containers) == 2
+    assert len(axes.get_yticks()) == len(ROWS) - 2  # without joint, and each alone
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/compare.md", "docs/which_method.md"])
+def test_documents_name_rows_that_exist(path):
+    file = Path(__file__).parents[2] / path
+    for line in file.read_text().splitlines():
+        if line.startswith("    mmbal-fast compare") and "--methods" in line:
+            named = line.partition("--methods")[2].partition("--")[0].split()
+            assert set(named) <= set(ROWS)
