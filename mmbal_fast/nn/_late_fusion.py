@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn.functional import linear
 
 def unimodal_logits(
     features: Mapping[str, Tensor],
-    head: nn.Linear | nn.ModuleDict | Mapping[str, nn.Linear],
+    head: nn.Linear | nn.ModuleDict | Mapping[str, nn.Module],
     *,
     fusion: Literal["concat", "sum"] = "concat",
 ) -> dict[str, Tensor]:
@@ -37,17 +39,22 @@ def unimodal_logits(
         features: ``[B, D_m]`` (or ``[..., D_m]``) for each modality. For concatenation the order
             of the mapping must be the order in which the model concatenates; widths may differ.
         head: the model's last layer: one ``nn.Linear``, or for ``fusion="sum"`` also a mapping or
-            ``nn.ModuleDict`` with one linear layer for each name in ``features``.
-        fusion: how the model joins the features, default ``"concat"``. For any other fusion see
-            `masked_logits`.
+            ``nn.ModuleDict`` with one layer, of any kind, for each name in ``features``. A subclass
+            of ``nn.Linear`` with a forward of its own (a cosine head, a quantized or adapted layer)
+            has no columns that add up to its logits: see `masked_logits`.
+        fusion: how the model joins the features, default ``"concat"``. For any other fusion
+            (gated, FiLM, attention) see `masked_logits`.
 
     Returns:
-        ``[B, C]`` (or ``[..., C]``) for each modality, in the order of ``features``.
+        ``[B, C]`` (or ``[..., C]``: classes come last, as ``nn.Linear`` has them) for each
+        modality, in the order of ``features``. Where classes are looked for in dimension 1, as in
+        ``torch.nn.functional.cross_entropy``, token logits ``[B, T, C]`` need ``class_dim=-1``.
 
     Raises:
-        ValueError: ``features`` is empty, ``fusion`` is unknown, widths do not fit the head, or
-            ``head`` lacks a modality.
-        TypeError: ``features`` is no mapping, or ``fusion="concat"`` with more than one head.
+        ValueError: ``features`` is empty or differs in more than the last dimension, ``fusion`` is
+            unknown, widths do not fit the head, or ``head`` lacks a modality.
+        TypeError: ``features`` is no mapping of tensors, ``head`` is no plain ``nn.Linear``, or
+            ``fusion="concat"`` with more than one head.
 
     Example:
         >>> import torch
@@ -59,41 +66,47 @@ def unimodal_logits(
         >>> torch.allclose(logits["audio"] + logits["image"], fused, atol=1e-6)
         True
     """
-    _require_mapping("unimodal_logits", features)
-    if not features:
-        raise ValueError("unimodal_logits: features must name at least one modality (got none)")
+    op = "unimodal_logits"
+    _check_features(op, features)
     if fusion not in ("concat", "sum"):
-        raise ValueError(f"unimodal_logits: fusion must be 'concat' or 'sum' (got {fusion!r})")
+        raise ValueError(f"{op}: fusion must be 'concat' or 'sum' (got {fusion!r})")
+    for name, each in features.items():
+        if each.ndim == 0:
+            raise ValueError(f"{op}: features must be [..., D] (got [] for {name!r})")
+    if len({each.shape[:-1] for each in features.values()}) > 1:
+        shapes = ", ".join(str(list(each.shape)) for each in features.values())
+        raise ValueError(
+            f"{op}: features must have equal sizes in all but the last dimension (got {shapes})"
+        )
     widths = [each.shape[-1] for each in features.values()]
 
-    if not isinstance(head, nn.Linear):
-        if fusion == "concat":
-            raise TypeError(
-                "unimodal_logits: fusion='concat' takes one nn.Linear as head "
-                f"(got {type(head).__name__})"
-            )
+    if fusion == "sum" and isinstance(head, Mapping | nn.ModuleDict):
         if missing := [name for name in features if name not in head]:
             raise ValueError(
-                f"unimodal_logits: head must have a layer for every name (got none for {missing})"
+                f"{op}: head must have a layer for every name (got none for {missing})"
             )
-        return {
-            name: head[name](each.to(head[name].weight.dtype))  # type: ignore[arg-type]
-            for name, each in features.items()
-        }
+        return {name: _as_parameters(head[name], each) for name, each in features.items()}
+    if not (
+        isinstance(head, nn.Linear) and getattr(head.forward, "__func__", None) is nn.Linear.forward
+    ):
+        raise TypeError(
+            f"{op}: fusion={fusion!r} takes one plain nn.Linear as head, for any other see "
+            f"masked_logits (got {_type_of(head)})"
+        )
 
     share = None if head.bias is None else head.bias / len(features)
     if fusion == "sum":
         if any(width != head.in_features for width in widths):
             raise ValueError(
-                "unimodal_logits: fusion='sum' with one head takes features of its width "
+                f"{op}: fusion='sum' with one head takes features of its width "
                 f"{head.in_features} (got {widths})"
             )
         return {name: _linear(each, head.weight, share) for name, each in features.items()}
 
     if sum(widths) != head.in_features:
         raise ValueError(
-            "unimodal_logits: widths of the features must add up to the head's in_features "
-            f"{head.in_features} (got {widths}, sum {sum(widths)})"
+            f"{op}: fusion='concat' (for others see masked_logits) takes features whose widths add "
+            f"up to the head's in_features {head.in_features} (got {widths}, sum {sum(widths)})"
         )
     columns = torch.split(head.weight, widths, dim=1)
     return {
@@ -117,7 +130,8 @@ def masked_logits(
     other callable (a lambda, say) this is up to the caller.
 
     Args:
-        forward: from features by name to logits ``[B, C]`` or ``[B, C, ...]``.
+        forward: from one dict of features by name to logits ``[B, C]`` or ``[B, C, ...]``. Wrap
+            a module that takes them otherwise: ``lambda x: fusion(x["audio"], x["image"])``.
         features: a tensor for each modality, of any shape.
 
     Returns:
@@ -126,7 +140,8 @@ def masked_logits(
 
     Raises:
         ValueError: ``features`` is empty.
-        TypeError: ``features`` is no mapping, or ``forward`` returns something else than a tensor.
+        TypeError: ``features`` is no mapping of tensors, ``forward`` takes no dict, or returns
+            something else than a tensor.
 
     Example:
         >>> import torch
@@ -136,14 +151,12 @@ def masked_logits(
         >>> masked_logits(gated, {"audio": torch.ones(1, 2), "image": torch.ones(1, 2)})
         {'audio': tensor([[0.5000, 0.5000]]), 'image': tensor([[0., 0.]])}
     """
-    _require_mapping("masked_logits", features)
-    if not features:
-        raise ValueError("masked_logits: features must name at least one modality (got none)")
+    _check_features("masked_logits", features)
     zeros = {name: torch.zeros_like(each) for name, each in features.items()}
     logits: dict[str, Tensor] = {}
     with evaluating(forward):
         for name, each in features.items():
-            logits[name] = _require_tensor("masked_logits", forward({**zeros, name: each}))
+            logits[name] = _call("masked_logits", forward, {**zeros, name: each})
     return logits
 
 
@@ -164,7 +177,7 @@ def shapley_logits(
     is an ``nn.Module`` or a method of one, it runs in evaluation mode, as in `masked_logits`.
 
     Args:
-        forward: from features by name to logits ``[B, C]`` or ``[B, C, ...]``.
+        forward: from one dict of features by name to logits ``[B, C]`` or ``[B, C, ...]``.
         features: a tensor for each modality, of any shape.
 
     Returns:
@@ -172,7 +185,8 @@ def shapley_logits(
 
     Raises:
         ValueError: ``features`` is empty.
-        TypeError: ``features`` is no mapping, or ``forward`` returns something else than a tensor.
+        TypeError: ``features`` is no mapping of tensors, ``forward`` takes no dict, or returns
+            something else than a tensor.
 
     Example:
         >>> import torch
@@ -182,10 +196,8 @@ def shapley_logits(
         >>> shapley_logits(product, {"audio": torch.full((1, 1), 2.0), "image": torch.ones(1, 1)})
         {'audio': tensor([[3.]]), 'image': tensor([[1.]])}
     """
-    _require_mapping("shapley_logits", features)
+    _check_features("shapley_logits", features)
     names = list(features)
-    if not names:
-        raise ValueError("shapley_logits: features must name at least one modality (got none)")
     zeros = {name: torch.zeros_like(each) for name, each in features.items()}
     shares: dict[str, Tensor] = {}
     with evaluating(forward):
@@ -195,25 +207,32 @@ def shapley_logits(
             outside = inside * size / (len(names) - size) if size < len(names) else 0.0
             for joined in itertools.combinations(names, size):
                 given = {**zeros, **{name: features[name] for name in joined}}
-                out = _require_tensor("shapley_logits", forward(given))
+                out = _call("shapley_logits", forward, given)
                 for name in names:
                     term = out * (inside if name in joined else -outside)
                     shares[name] = shares[name] + term if name in shares else term
     return {name: shares[name] for name in names}
 
 
-def _require_mapping(op: str, features: object) -> None:
+def _check_features(op: str, features: object) -> None:
     if not isinstance(features, Mapping):
         raise TypeError(
             f"{op}: features must be a mapping from modalities to tensors "
             f"(got {type(features).__name__})"
         )
+    if not features:
+        raise ValueError(f"{op}: features must name at least one modality (got none)")
+    for name, each in features.items():
+        if not isinstance(each, Tensor):
+            raise TypeError(
+                f"{op}: features must be tensors (got {type(each).__name__} for {name!r})"
+            )
 
 
-def _require_tensor(op: str, out: object) -> Tensor:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{op}: forward must return a tensor (got {type(out).__name__})")
-    return out
+def _type_of(value: object) -> str:
+    kind = value if isinstance(value, type) else type(value)
+    where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{where}{kind.__qualname__}"
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,9 +240,56 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x.to(weight.dtype), weight, bias)
 
 
+def _as_parameters(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    parameters = layer.parameters() if isinstance(layer, nn.Module) else iter(())
+    first = next(parameters, None)
+    return layer(x if first is None else x.to(first.dtype))
+
+
+def _call(
+    op: str, forward: Callable[[dict[str, Tensor]], Any], features: dict[str, Tensor]
+) -> Tensor:
+    """Calls it, and says what to pass instead if it turns out to take no dict."""
+    try:
+        inspect.signature(getattr(forward, "forward", forward)).bind(features)
+    except TypeError as error:
+        raise _takes_no_dict(op, forward, features, error) from None
+    except ValueError:  # a builtin without signature
+        pass
+    try:
+        out = forward(features)
+    except (AttributeError, KeyError, TypeError) as error:
+        # What comes of a dict where a tensor or a sequence is expected; other errors are not ours.
+        if isinstance(error, KeyError):
+            misused = error.args[0] not in features
+        else:
+            misused = re.search(r"\b(dict|str)\b", str(error)) is not None
+        if not misused:
+            raise
+        raise _takes_no_dict(op, forward, features, error) from error
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{op}: forward must return a tensor (got {type(out).__name__})")
+    return out
+
+
+def _takes_no_dict(
+    op: str, forward: object, features: Mapping[str, Tensor], error: Exception
+) -> TypeError:
+    arguments = ", ".join(f"x[{name!r}]" for name in features)
+    return TypeError(
+        f"{op}: forward must take one dict of features by name, as "
+        f"lambda x: fusion({arguments}) does (got {_type_of(_owner(forward))}: "
+        f"{type(error).__name__}: {error})"
+    )
+
+
+def _owner(forward: object) -> object:
+    return getattr(forward, "__self__", forward)
+
+
 @contextmanager
 def evaluating(forward: object) -> Iterator[None]:
-    owner = getattr(forward, "__self__", forward)
+    owner = _owner(forward)
     modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
     modes = [module.training for module in modules]
     try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbal_fast.nn import masked_logits, unimodal_logits
+from mmbal_fast.nn import masked_logits, shapley_logits, unimodal_logits
 
 WIDTHS = {"audio": 2, "image": 5, "text": 3}
 
@@ -81,7 +85,9 @@ def test_logits_carry_gradients(features: dict[str, Tensor]) -> None:
 
 
 def test_widths_that_do_not_add_up(features: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"in_features 9 \(got \[2, 5, 3\], sum 10\)"):
+    with pytest.raises(
+        ValueError, match=r"see masked_logits.* in_features 9 \(got \[2, 5, 3\], sum 10\)"
+    ):
         unimodal_logits(features, nn.Linear(9, 6))
 
 
@@ -96,9 +102,81 @@ def test_missing_head(features: dict[str, Tensor]) -> None:
         unimodal_logits(features, heads, fusion="sum")
 
 
+class Cosine(nn.Linear):
+    """A linear layer by its class, not by what it computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        normalized = nn.functional.normalize
+        return nn.functional.linear(normalized(input, dim=-1), normalized(self.weight, dim=-1))
+
+
+def patched() -> nn.Linear:
+    head = nn.Linear(10, 6)
+    head.forward = torch.tanh  # type: ignore[method-assign]
+    return head
+
+
+HERE = re.escape(__name__)
+NOT_LINEAR = {
+    "a cosine head": (lambda: Cosine(10, 6), f"{HERE}.Cosine"),
+    "a forward of the instance": (patched, "torch.nn.modules.linear.Linear"),
+    "a sequence": (
+        lambda: nn.Sequential(nn.Linear(10, 6)),
+        "torch.nn.modules.container.Sequential",
+    ),
+    "a fusion": (lambda: Gated(), f"{HERE}.Gated"),
+    "a function": (lambda: torch.tanh, "builtin_function_or_method"),
+}
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum"])
+@pytest.mark.parametrize(("make", "kind"), NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_heads_that_no_columns_split(
+    features: dict[str, Tensor], make: Callable[[], Any], kind: str, fusion: Any
+) -> None:
+    with pytest.raises(
+        TypeError, match=rf"one plain nn\.Linear .* see masked_logits \(got {kind}\)$"
+    ):
+        unimodal_logits(features, make(), fusion=fusion)
+
+
+def test_a_linear_layer_by_another_class(features: dict[str, Tensor]) -> None:
+    class Named(nn.Linear):
+        pass
+
+    head = nn.utils.parametrizations.weight_norm(Named(10, 6))
+    fused = head(torch.cat(list(features.values()), dim=1))
+    torch.testing.assert_close(total(unimodal_logits(features, head)), fused)
+
+
 def test_several_heads_with_concatenation(features: dict[str, Tensor]) -> None:
-    with pytest.raises(TypeError, match=r"takes one nn\.Linear as head \(got dict\)"):
+    with pytest.raises(TypeError, match=r"takes one plain nn\.Linear .* \(got dict\)"):
         unimodal_logits(features, {"audio": nn.Linear(2, 6)})
+
+
+def test_heads_of_any_kind_for_each_modality(features: dict[str, Tensor]) -> None:
+    heads = nn.ModuleDict(
+        {"audio": Cosine(2, 6), "image": nn.Sequential(nn.Linear(5, 6)), "text": nn.Linear(3, 6)}
+    )
+    narrow = {name: each.bfloat16() for name, each in features.items()}
+    logits = unimodal_logits(narrow, heads, fusion="sum")
+    for name, each in narrow.items():
+        assert torch.equal(logits[name], heads[name](each.float()))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum"])
+@pytest.mark.parametrize("several", [False, True])
+def test_features_of_different_batches(fusion: Any, several: bool) -> None:
+    features = {"audio": torch.randn(4, 5), "image": torch.randn(3, 5)}
+    heads: Any = nn.ModuleDict({name: nn.Linear(5, 6) for name in features})
+    head = heads if several and fusion == "sum" else nn.Linear(5 if fusion == "sum" else 10, 6)
+    with pytest.raises(ValueError, match=r"all but the last .*\(got \[4, 5\], \[3, 5\]\)"):
+        unimodal_logits(features, head, fusion=fusion)
+
+
+def test_features_without_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"\[\.\.\., D\] \(got \[\] for 'b'\)"):
+        unimodal_logits({"a": torch.randn(1), "b": torch.tensor(1.0)}, nn.Linear(2, 6))
 
 
 def test_unknown_fusion(features: dict[str, Tensor]) -> None:
@@ -120,6 +198,16 @@ def test_features_that_are_no_mapping(features: dict[str, Tensor]) -> None:
         lambda: masked_logits(features, head),  # type: ignore[arg-type]
     ):
         with pytest.raises(TypeError, match=r"features must be a mapping .* \(got Linear\)"):
+            call()
+
+
+def test_features_that_are_no_tensors() -> None:
+    mixed: Any = {"audio": torch.randn(4, 2), "image": [[1.0, 2.0]]}
+    for call in (
+        lambda: unimodal_logits(mixed, nn.Linear(4, 6)),
+        lambda: masked_logits(lambda x: x["audio"], mixed),
+    ):
+        with pytest.raises(TypeError, match=r"features must be tensors \(got list for 'image'\)"):
             call()
 
 
@@ -197,6 +285,53 @@ def test_masking_any_callable_and_any_number_of_modalities(features: dict[str, T
     for position, name in enumerate(WIDTHS):
         alone = [*zeros[:position], features[name].detach(), *zeros[position + 1 :]]
         assert torch.equal(seen[name], torch.cat(alone, dim=1))
+
+
+class TwoArguments(Gated):
+    def forward(self, audio: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward({"audio": audio, "image": image})
+
+
+class OneTensor(Gated):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Shapely(Gated):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.reshape(x.shape[0], -1)
+
+
+class ByNumber(Gated):
+    def forward(self, x: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return x[0] * x[1]
+
+
+class Several(Gated):
+    def forward(self, x: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return torch.cat(list(x), dim=1)
+
+
+@pytest.mark.parametrize("kind", [TwoArguments, OneTensor, Shapely, ByNumber, Several])
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("logits_of", [masked_logits, shapley_logits])
+def test_masking_a_fusion_that_takes_no_dict(
+    pair: dict[str, Tensor], kind: type[Gated], method: bool, logits_of: Callable[..., Any]
+) -> None:
+    fusion = kind()
+    rule = r"forward must take one dict .*lambda x: fusion\(x\['audio'\], x\['image'\]\).*"
+    with pytest.raises(TypeError, match=rf"{rule} \(got {HERE}\.{kind.__name__}.*: .+\)"):
+        logits_of(fusion.forward if method else fusion, pair)
+    assert fusion.training
+
+
+def test_masking_leaves_errors_of_the_fusion_as_they_are(pair: dict[str, Tensor]) -> None:
+    def broken(x: dict[str, Tensor]) -> Tensor:
+        return x["audio"] + None  # type: ignore[operator]
+
+    with pytest.raises(TypeError, match=r"^unsupported operand"):
+        masked_logits(broken, pair)
 
 
 def test_forward_that_returns_no_tensor(pair: dict[str, Tensor]) -> None:
