@@ -291,6 +291,11 @@ def _preserved(model: nn.Module, mmtms: Sequence[MMTM]) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    switches = [
+        (switch, switch.clone())
+        for mmtm in mmtms
+        for switch in (mmtm.average_gate, mmtm.replace_squeeze)
+    ]
     groups = [mmtm.process_group for mmtm in mmtms]
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda)):
@@ -304,5 +309,7 @@ def _preserved(model: nn.Module, mmtms: Sequence[MMTM]) -> Iterator[None]:
                 module.training = flag
             for module, name, buffer, saved in buffers:
                 setattr(module, name, buffer.copy_(saved))
+            for switch, saved in switches:
+                switch.copy_(saved)
             for mmtm, group in zip(mmtms, groups, strict=True):
                 mmtm.process_group = group

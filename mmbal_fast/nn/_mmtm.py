@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class _Pickled:
+    """Stands for a process group, which no process can hand to another."""
+
+    of_all_ranks: bool
 
 
 class MMTM(nn.Module):
@@ -34,9 +43,11 @@ class MMTM(nn.Module):
       running average of ``z_j`` (without this batch) instead of ``z_j``. Acts in training and
       evaluation.
 
-    Both are false at the start and are not part of the ``state_dict``. The running averages are:
-    ``running_squeeze`` and ``running_gate``, each ``[sum(channels)]``, branch after branch, and
-    ``num_samples``. A batch with NaN or Inf in squeeze or gates does not enter them.
+    Both are false at the start and are not part of the ``state_dict``, so they are no buffers
+    either: a module that was made on the meta device starts with both false, whatever gives it its
+    memory. The running averages are part of it: ``running_squeeze`` and ``running_gate``, each
+    ``[sum(channels)]``, branch after branch, and ``num_samples``. A batch with NaN or Inf in
+    squeeze or gates does not enter them.
 
     Args:
         channels: number of channels of each branch, at least two branches.
@@ -45,12 +56,16 @@ class MMTM(nn.Module):
         process_group: average over all samples of all ranks of this group, with one all-reduce in
             each forward in training. Every rank must then run the same number of forwards, which
             is why it is on request: by default each averages its own samples. For all ranks give
-            ``torch.distributed.group.WORLD``, after ``init_process_group``.
+            ``torch.distributed.group.WORLD``, after ``init_process_group``. A deep copy has the
+            same group. What was pickled, or saved whole, joins all ranks again if the group was
+            theirs; any other must be assigned again before it trains.
         device: device of parameters and buffers.
         dtype: dtype of parameters and of the running averages.
 
     Raises:
         ValueError: fewer than two branches, a number of channels below 1, or a ratio not above 0.
+        RuntimeError: in the forward in training, a module that was pickled with a group of some
+            ranks, where there are ranks and none was assigned since.
 
     Example:
         >>> import torch
@@ -64,12 +79,10 @@ class MMTM(nn.Module):
         tensor(4)
     """
 
-    average_gate: Tensor
-    replace_squeeze: Tensor
+    process_group: dist.ProcessGroup | _Pickled | None
     running_squeeze: Tensor
     running_gate: Tensor
     num_samples: Tensor
-    _branch: Tensor
 
     def __init__(
         self,
@@ -80,7 +93,6 @@ class MMTM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """See the class."""
         super().__init__()
         if len(channels) < 2:
             raise ValueError(f"MMTM: there must be at least two branches (got {len(channels)})")
@@ -101,13 +113,20 @@ class MMTM(nn.Module):
         self.register_buffer("running_squeeze", zeros)
         self.register_buffer("running_gate", zeros.clone())
         self.register_buffer("num_samples", torch.zeros((), device=device, dtype=torch.int64))
-        flags = torch.zeros(branches, branches, device=device, dtype=torch.bool)
-        self.register_buffer("average_gate", flags[0].clone(), persistent=False)
-        self.register_buffer("replace_squeeze", flags, persistent=False)
-        branch = torch.arange(branches, device=device).repeat_interleave(
-            torch.tensor(channels, device=device), output_size=total
-        )
-        self.register_buffer("_branch", branch, persistent=False)  # of each channel
+        off = torch.zeros(branches, branches, device=device, dtype=torch.bool)
+        # Plain attributes: as buffers they would be garbage in a module made on the meta device.
+        self._average_gate = off[0].clone()
+        self._replace_squeeze = off
+
+    @property
+    def average_gate(self) -> Tensor:
+        """Bool ``[M]``: whose gates are averages in training. Written in place."""
+        return self._switch("_average_gate")
+
+    @property
+    def replace_squeeze(self) -> Tensor:
+        """Bool ``[M, M]``: ``[m, j]`` hides branch j from branch m's gates. Written in place."""
+        return self._switch("_replace_squeeze")
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
         """Gate every branch.
@@ -127,22 +146,33 @@ class MMTM(nn.Module):
         squeezed = torch.cat(
             [x.mean(dim=tuple(range(2, x.ndim))) if x.ndim > 2 else x for x in features], dim=1
         )
+        channels = list(self.channels)
+        means = torch.split(self.running_squeeze.to(squeezed.dtype), channels)
         # One row of channels for each receiving branch: [M, B, D].
-        seen = torch.where(
-            self.replace_squeeze[:, self._branch].unsqueeze(1),
-            self.running_squeeze.to(squeezed.dtype),
-            squeezed,
+        seen = torch.cat(
+            [
+                torch.where(hidden[:, None, None], mean, own)
+                for hidden, mean, own in zip(
+                    self.replace_squeeze.unbind(1),
+                    means,
+                    torch.split(squeezed, channels, 1),
+                    strict=True,
+                )
+            ],
+            dim=2,
         )
         excitation = torch.relu(self.squeeze(seen))
         gate = torch.sigmoid(
             torch.cat([layer(e) for layer, e in zip(self.gates, excitation, strict=True)], dim=1)
         )
+        gates = torch.split(gate, channels, 1)
         if self.training:
             self._update_averages(squeezed.detach(), gate.detach())
-            gate = torch.where(self.average_gate[self._branch], self.running_gate, gate)
+            means = torch.split(self.running_gate, channels)
+            gates = tuple(map(torch.where, self.average_gate, means, gates))
         return tuple(
             x * g.to(x.dtype).reshape(g.shape + (1,) * (x.ndim - 2))
-            for x, g in zip(features, torch.split(gate, list(self.channels), dim=1), strict=True)
+            for x, g in zip(features, gates, strict=True)
         )
 
     def set_mode(
@@ -178,9 +208,17 @@ class MMTM(nn.Module):
 
     def reset_averages(self) -> None:
         """Forget all samples seen so far."""
-        self.running_squeeze.zero_()
-        self.running_gate.zero_()
-        self.num_samples.zero_()
+        for average in (self.running_squeeze, self.running_gate, self.num_samples):
+            # Not zero_(): loaders of checkpoints make torch.nn.init spare what they have loaded.
+            nn.init.zeros_(average)
+
+    def reset_parameters(self) -> None:
+        """Make all as at construction: layers drawn anew, averages forgotten, both switches off."""
+        self.squeeze.reset_parameters()
+        for layer in self.gates:
+            layer.reset_parameters()  # type: ignore[operator]
+        self.reset_averages()
+        self.set_mode("normal")
 
     def bypass_parameters(self, branch: int) -> Iterator[nn.Parameter]:
         """Parameters that carry the other branches' information into one branch.
@@ -197,6 +235,46 @@ class MMTM(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of the module."""
         return f"channels={list(self.channels)}, ratio={self.ratio}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the process group."""
+        state = self.__dict__.copy()
+        group = state["process_group"]
+        if group is not None and not isinstance(group, _Pickled):
+            state["process_group"] = _Pickled(of_all_ranks=group is dist.group.WORLD)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MMTM:
+        """With the same process group."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self.process_group)] = self.process_group
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return twin
+
+    def _switch(self, name: str) -> Tensor:
+        switch: Tensor = getattr(self, name)
+        device = self.running_squeeze.device
+        if switch.device != device:
+            switch = (
+                torch.zeros_like(switch, device=device) if switch.is_meta else switch.to(device)
+            )
+            setattr(self, name, switch)
+        return switch
+
+    def _group(self) -> dist.ProcessGroup | None:
+        group = self.process_group
+        if not isinstance(group, _Pickled):
+            return group
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        if not group.of_all_ranks:
+            raise RuntimeError(
+                "MMTM: process_group must be assigned again after pickling, which groups do not "
+                f"survive (got {group})"
+            )
+        self.process_group = dist.group.WORLD
+        return dist.group.WORLD
 
     def _check(self, features: tuple[Tensor, ...]) -> None:
         if len(features) != len(self.channels):
@@ -219,8 +297,9 @@ class MMTM(nn.Module):
         dtype = torch.promote_types(self.running_gate.dtype, torch.float32)
         samples = torch.cat([squeezed, gate], dim=1).to(dtype)
         packed = torch.cat([samples.sum(0), samples.new_full((1,), samples.shape[0])])
-        if self.process_group is not None:
-            dist.all_reduce(packed, group=self.process_group)
+        group = self._group()
+        if group is not None:
+            dist.all_reduce(packed, group=group)
         sums, count = packed[:-1], packed[-1]
         total = self.num_samples + count.to(torch.int64)
         mean = torch.cat([self.running_squeeze, self.running_gate]).to(dtype)

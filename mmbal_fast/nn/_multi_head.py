@@ -22,6 +22,8 @@ class MultiHeadLateFusion(nn.Module):
         fused: name of the fused head, default ``"fused"``. Its logits are what to predict from.
         fused_head: from the concatenated features ``[B, D_0 + D_1 + ...]``, in the order of
             ``encoders``, to ``[B, C]``. Default one ``nn.Linear``; the paper uses a small network.
+        device: device of the linear heads that are made here.
+        dtype: dtype of the linear heads that are made here.
 
     Attributes:
         head_names: names of the heads, modalities first, as `GradientBlending` takes them.
@@ -34,7 +36,7 @@ class MultiHeadLateFusion(nn.Module):
 
     Raises:
         ValueError: fewer than two encoders, other names in ``widths``, or a modality with the name
-            of the fused head; in the forward pass, a modality missing or unknown.
+            of the fused head.
 
     Example:
         >>> import torch
@@ -54,8 +56,9 @@ class MultiHeadLateFusion(nn.Module):
         *,
         fused: str = "fused",
         fused_head: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """See the class."""
         super().__init__()
         op = "MultiHeadLateFusion"
         if len(encoders) < 2:
@@ -67,12 +70,21 @@ class MultiHeadLateFusion(nn.Module):
         if fused in encoders:
             raise ValueError(f"{op}: no modality may be called like the fused head (got {fused!r})")
         self.encoders = nn.ModuleDict(encoders)
-        self.heads = nn.ModuleDict({m: nn.Linear(widths[m], num_classes) for m in encoders})
-        self.heads[fused] = fused_head or nn.Linear(sum(widths.values()), num_classes)
+
+        def linear(width: int) -> nn.Linear:
+            return nn.Linear(width, num_classes, device=device, dtype=dtype)
+
+        self.heads = nn.ModuleDict({m: linear(widths[m]) for m in encoders})
+        # Not `or`: an empty nn.Sequential, which hands its input on, is false.
+        self.heads[fused] = linear(sum(widths.values())) if fused_head is None else fused_head
         self.head_names = tuple(self.heads)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See the class."""
+        """Logits ``[B, C]`` of each of ``head_names`` from the inputs of all modalities.
+
+        Raises:
+            ValueError: a modality is missing or unknown.
+        """
         if set(inputs) != set(self.encoders):
             raise ValueError(
                 f"MultiHeadLateFusion: inputs must name the modalities {sorted(self.encoders)} "

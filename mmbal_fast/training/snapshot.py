@@ -26,9 +26,10 @@ class Snapshot:
     """The state of a training run, to be restored any number of times, bit for bit.
 
     Of the model: values, gradients and ``requires_grad`` of parameters, all buffers (also those
-    that are not persistent), extra state, and the mode of each module. Tensors are written in
-    place, so that optimizers and captured graphs keep theirs; what replaced them is dropped. Of the
-    generators: Python's, NumPy's, torch's on the CPU and on every CUDA device.
+    that are not persistent), tensors in plain attributes, extra state, and the mode of each module.
+    Tensors are written in place, so that optimizers and captured graphs keep theirs; what replaced
+    them is dropped. Of the generators: Python's, NumPy's, torch's on the CPU and on every CUDA
+    device.
 
     Args:
         model: the model.
@@ -43,6 +44,10 @@ class Snapshot:
             for registry in (module._parameters, module._buffers):
                 self._undo.append(_registry(registry))
                 tensors.update(each for each in registry.values() if each is not None)
+            attributes = vars(module)
+            for name in [n for n, each in attributes.items() if isinstance(each, Tensor)]:
+                self._undo.append(_attribute(module, name))
+                tensors.add(attributes[name])
             self._undo.append(_attribute(module, "training"))
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 self._undo.append(_copied(module.get_extra_state(), module.set_extra_state))

@@ -123,6 +123,7 @@ class Scratch(nn.Module):
         self.replaced: Tensor
         self.register_buffer("hidden", torch.zeros(2), persistent=False)
         self.register_buffer("replaced", torch.zeros(2))
+        self.plain = torch.zeros(2)
         self.calls = 0
 
     def get_extra_state(self) -> int:
@@ -135,6 +136,7 @@ class Scratch(nn.Module):
         self.calls += 1
         self.hidden += 1
         self.replaced = self.replaced + 1
+        self.plain += 1
         return x
 
 
@@ -203,6 +205,7 @@ class Run:
             {
                 "values": dict(self.model.named_parameters()),
                 "buffers": dict(self.model.named_buffers()),
+                "plain": self.scratch.plain,
                 "extra": self.scratch.calls,
                 "grads": {n: p.grad for n, p in self.model.named_parameters()},
                 "requires_grad": [p.requires_grad for p in self.model.parameters()],

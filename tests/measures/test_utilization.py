@@ -190,6 +190,7 @@ class Restless(Listener):
 def state(model: nn.Module) -> list[Any]:
     return [
         [each.clone() for each in [*model.buffers(), *model.parameters()]],
+        [m.average_gate.clone() for m in model.modules() if isinstance(m, MMTM)],
         [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         [module.training for module in model.modules()],
         [torch.get_rng_state()],

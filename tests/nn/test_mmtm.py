@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast.nn import MMTM
@@ -319,3 +325,238 @@ def test_refuses_features(shapes: list[tuple[int, ...]], message: str) -> None:
 def test_refuses_modes(mode: str, branch: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MMTM([3, 5]).set_mode(mode, branch)  # type: ignore[arg-type]
+
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_do_not_matter(dtype: torch.dtype, device: str) -> None:
+    def run(mmtm: MMTM) -> list[Tensor]:
+        mmtm.squeeze.requires_grad_(False)
+        for parameter in mmtm.parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        outs = []
+        for branch in (None, 0, 1):
+            for mode in ("normal", "average_gate", "isolated"):
+                mmtm.set_mode(mode, branch)  # type: ignore[arg-type]
+                outs += mmtm(*features)
+        mmtm.eval()
+        return [*outs, *mmtm(*features), *mmtm.state_dict().values()]
+
+    features = [x.float() for x in make(SHAPES["three branches"])]
+    expected = run(MMTM([3, 4, 2], device="cpu", dtype=torch.float32))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = run(MMTM([3, 4, 2], device="cpu", dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """What was never written holds NaN, True and the largest numbers."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_made_on_meta_and_loaded(assign: bool) -> None:
+    trained = module(SHAPES["three branches"], trained_on=2)
+    with torch.device("meta"):
+        mmtm = MMTM([3, 4, 2], dtype=torch.float64)
+    mmtm.set_mode("average_gate")  # has no memory to be kept in
+    if not assign:
+        with filled_memory():
+            mmtm.to_empty(device="cpu")
+    mmtm.load_state_dict(trained.state_dict(), assign=assign)
+    features = make(SHAPES["three branches"])
+    for training in (True, False):
+        found, expected = mmtm.train(training)(*features), trained.train(training)(*features)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    for each in (mmtm, trained):
+        each.set_mode("isolated")
+    found, expected = mmtm(*features), trained(*features)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_made_on_meta_and_initialised() -> None:
+    with torch.device("meta"):
+        mmtm = MMTM([3, 4, 2], dtype=torch.float64)
+    with filled_memory():
+        mmtm.to_empty(device="cpu")
+    torch.manual_seed(1)
+    mmtm.reset_parameters()
+    torch.manual_seed(1)
+    made = MMTM([3, 4, 2], dtype=torch.float64)
+    features = make(SHAPES["three branches"])
+    assert all(torch.equal(x, y) for x, y in zip(mmtm(*features), made(*features), strict=True))
+    for name, value in made.state_dict().items():
+        assert torch.equal(mmtm.state_dict()[name], value), name
+
+
+def test_initialising_anew_forgets_averages_and_modes() -> None:
+    mmtm = module(SHAPES["vectors"], trained_on=2)
+    before = mmtm.squeeze.weight.clone()
+    mmtm.set_mode("isolated")
+    mmtm.reset_parameters()
+    assert not torch.equal(mmtm.squeeze.weight, before)
+    assert not mmtm.replace_squeeze.any()
+    assert not any(t.any() for t in (mmtm.running_gate, mmtm.running_squeeze, mmtm.num_samples))
+
+
+def test_switches_follow_the_module() -> None:
+    mmtm = MMTM([3, 5])
+    mmtm.set_mode("isolated", 1)
+    switches = mmtm.replace_squeeze.clone()
+    assert mmtm.to("meta").replace_squeeze.is_meta
+    assert mmtm.average_gate.is_meta
+    mmtm = MMTM([3, 5])
+    mmtm.set_mode("isolated", 1)
+    for copied in (mmtm.double(), copy.deepcopy(mmtm), pickle.loads(pickle.dumps(mmtm))):
+        assert torch.equal(copied.replace_squeeze, switches)
+        assert copied.replace_squeeze.dtype == torch.bool
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("in_checkpoint", "hook"),
+    [(True, False), (True, True), (False, True)],
+    ids=["loaded", "loaded, with an initialiser", "initialised"],
+)
+def test_from_pretrained(tmp_path: Path, in_checkpoint: bool, hook: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Model(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            self.encoder = torch.nn.Linear(4, 3)
+            if not getattr(config, "plain", False):
+                self.mmtm = MMTM([3, 5])
+            self.post_init()
+
+        def _init_weights(self, module: torch.nn.Module) -> None:
+            if hook and isinstance(module, torch.nn.Linear | MMTM):
+                module.reset_parameters()
+
+    trained = Model(transformers.PretrainedConfig(plain=not in_checkpoint))
+    features = [x.float() for x in make(SHAPES["vectors"])]
+    if in_checkpoint:
+        trained.mmtm(*features)
+    trained.save_pretrained(tmp_path)
+    with filled_memory():
+        model = Model.from_pretrained(tmp_path, config=transformers.PretrainedConfig()).train()
+    if in_checkpoint:
+        expected = trained.train().mmtm(*features)
+        found = model.mmtm(*features)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    else:
+        assert model.mmtm.num_samples == 0
+        found = model.mmtm(*features)
+        assert all(x.isfinite().all() for x in found)
+        assert model.mmtm.running_gate.isfinite().all()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def reduced(mmtm: MMTM, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The groups that a forward in training averages over."""
+    groups: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda _, group: groups.append(group))
+        mmtm.train()(*make(SHAPES["vectors"]))
+    return groups
+
+
+def test_a_copy_averages_over_the_same_group(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mmtm = module(SHAPES["vectors"])
+    mmtm.process_group = dist.new_group([0])
+    model: Any = torch.nn.ModuleDict({"mmtm": mmtm})
+    copied = copy.deepcopy(model)["mmtm"]
+    average = torch.optim.swa_utils.AveragedModel(model).module["mmtm"]  # type: ignore[index]
+    assert isinstance(copied, MMTM)
+    assert copied.squeeze.weight is not mmtm.squeeze.weight
+    for each in (copied, average):
+        assert reduced(each, monkeypatch) == [mmtm.process_group]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_saved_module_joins_all_ranks_again(
+    group: None, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    mmtm = module(SHAPES["vectors"])
+    mmtm.process_group = dist.group.WORLD
+    file = io.BytesIO()
+    if whole:
+        torch.save(mmtm, file)
+    else:
+        pickle.dump(mmtm, file)
+    assert mmtm.process_group is dist.group.WORLD
+
+    def load() -> MMTM:
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False) if whole else pickle.load(file)
+        assert isinstance(loaded, MMTM)
+        return loaded
+
+    first = load()
+    dist.destroy_process_group()
+    assert reduced(first, monkeypatch) == []  # alone, until there are ranks
+    again = pickle.loads(pickle.dumps(first))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for each in (first, again, load()):
+        assert reduced(each, monkeypatch) == [dist.group.WORLD]
+
+
+def test_a_saved_module_asks_for_its_group(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mmtm = module(SHAPES["vectors"])
+    mmtm.process_group = dist.new_group([0])
+    loaded = pickle.loads(pickle.dumps(mmtm))
+    loaded.eval()(*make(SHAPES["vectors"]))
+    with pytest.raises(RuntimeError, match=r"MMTM: process_group must be assigned again .* \(got"):
+        loaded.train()(*make(SHAPES["vectors"]))
+    loaded.process_group = None
+    assert reduced(loaded, monkeypatch) == []
+    loaded.process_group = mmtm.process_group
+    assert reduced(loaded, monkeypatch) == [mmtm.process_group]
+
+
+def test_weights_of_the_released_code() -> None:
+    """Its ``state_dict``, by the function in docs/migrating.md, computes what it computed."""
+    released = torch.nn.Module()
+    released.fc_squeeze = torch.nn.Linear(8, 4)
+    released.fc_visual = torch.nn.Linear(4, 3)
+    released.fc_skeleton = torch.nn.Linear(4, 5)
+
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    block = re.search(r"^```python\n(def convert.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    names: dict[str, Any] = {
+        "MMTM": MMTM,
+        "old": released.state_dict(),
+        "visual_channels": 3,
+        "skeleton_channels": 5,
+    }
+    exec(block[1], names)
+
+    visual, skeleton = torch.randn(6, 3, 2, 2), torch.randn(6, 5, 7)
+    squeezed = torch.cat([visual.mean((2, 3)), skeleton.mean(2)], 1)
+    excitation = released.fc_squeeze(squeezed).relu()
+    gates = released.fc_visual(excitation), released.fc_skeleton(excitation)
+    found = names["mmtm"](visual, skeleton)
+    torch.testing.assert_close(found[0], visual * gates[0].sigmoid()[:, :, None, None])
+    torch.testing.assert_close(found[1], skeleton * gates[1].sigmoid()[:, :, None])

@@ -36,6 +36,36 @@ def test_own_fused_head_under_another_name() -> None:
     assert model(INPUTS)["both"].shape == (2, 7)
 
 
+def test_an_empty_sequence_is_a_head() -> None:
+    model = build(fused_head=nn.Sequential())
+    assert model(INPUTS)["fused"].shape == (2, 8)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_do_not_matter(default: torch.dtype, device: str) -> None:
+    encoders = {"image": nn.Linear(4, 5), "audio": nn.Linear(4, 3)}
+    torch.set_default_dtype(default)
+    try:
+        with torch.device(device):
+            model = MultiHeadLateFusion(
+                encoders, {"audio": 3, "image": 5}, 7, device="cpu", dtype=torch.float32
+            )
+            logits = model({name: torch.ones(2, 4, device="cpu").float() for name in encoders})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all((each.dtype, each.device.type) == (torch.float32, "cpu") for each in logits.values())
+
+
+def test_made_on_meta_and_loaded() -> None:
+    trained = build()
+    with torch.device("meta"):
+        model = build().to_empty(device="cpu")
+    model.load_state_dict(trained.state_dict())
+    for name, each in trained(INPUTS).items():
+        assert torch.equal(model(INPUTS)[name], each)
+
+
 def test_all_parameters_learn_from_the_blended_loss() -> None:
     model = build()
     blending = GradientBlending(model.head_names)
