@@ -33,12 +33,25 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_ARCHITECTURE = 75
+OLDEST_CUDA = (12, 1)
+WITHOUT_CUDA = "MMBAL_CPU_ONLY=1 builds without CUDA"
+
+# The noise is the same bits everywhere, sums do not cancel, NaN is reported: the compiler must not
+# reorder, approximate or assume. What the build itself names comes last and needs no check.
+RELAXED = re.compile(
+    r"-(Ofast|ffast-math|funsafe-math-optimizations|fassociative-math|freciprocal-math"
+    r"|ffinite-math-only|fno-signed-zeros|fno-honor-(nans|infinities)|fapprox-func|mrecip(=.*)?"
+    r"|ffp-model=(fast|aggressive)|fdenormal-fp-math=.*|mdaz-ftz|mfpmath=387"
+    r"|fsingle-precision-constant|-?use_fast_math|-?ftz=true|-?prec-(div|sqrt)=false)"
+)
+FLAGS = ("CXX", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def fail(rule: str, got: object) -> SystemExit:
@@ -112,15 +125,65 @@ def find_compiler(environment: Mapping[str, str]) -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def refuse_relaxed_arithmetic(environment: Mapping[str, str]) -> None:
+    """Fails where a variable gives compilers a flag that changes results."""
+    for name in FLAGS:
+        relaxed = [
+            each for each in shlex.split(environment.get(name, "")) if RELAXED.fullmatch(each)
+        ]
+        if relaxed:
+            raise fail(
+                f"{name} must leave floating point exact, or results are not those that are tested",
+                " ".join(relaxed),
+            )
+
+
+def ask_nvcc(nvcc: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs nvcc, whatever comes of it."""
+    try:
+        return subprocess.run([nvcc, *options], capture_output=True, text=True)
+    except OSError as error:
+        raise fail(f"nvcc must run; {WITHOUT_CUDA}", f"{nvcc}: {error.strerror}") from None
+
+
+def check_nvcc(nvcc: str, environment: Mapping[str, str]) -> None:
+    """Fails where nvcc is too old, or does not take the host compiler."""
+    oldest = ".".join(map(str, OLDEST_CUDA))
+    answer = ask_nvcc(nvcc, "--version")
+    match = re.search(r"release (\d+)\.(\d+)", answer.stdout)
+    found = answer.stdout + answer.stderr if match is None else f"{match[1]}.{match[2]}"
+    if match is None or (int(match[1]), int(match[2])) < OLDEST_CUDA:
+        raise fail(
+            f"nvcc must be of CUDA {oldest} or later; {WITHOUT_CUDA}", f"{nvcc} of {found.strip()}"
+        )
+    host = environment.get("CUDAHOSTCXX", "")
+    options = [*shlex.split(environment.get("CUDAFLAGS", "")), *(["-ccbin", host] if host else [])]
+    answer = ask_nvcc(nvcc, *options, "-x", "cu", "-E", os.devnull, "-o", os.devnull)
+    if answer.returncode != 0:
+        lines = (answer.stderr + answer.stdout).strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise fail(
+            "nvcc must accept the host compiler, CUDAHOSTCXX=g++-N names one that it knows; "
+            + WITHOUT_CUDA,
+            f"CUDA {found}: {reason.strip()}",
+        )
+
+
+def find_package(name: str) -> ModuleType:
+    """A Python package that build isolation installs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        rule = f"{name} must be installed (pip install -r requirements/build.txt in the clone)"
+        raise fail(rule, None) from None
+
+
 def find_tool(name: str, directory: str) -> str:
     """CMake or Ninja: from the Python package that build isolation installs, else from PATH."""
     try:
         return str(Path(getattr(importlib.import_module(name), directory)) / name)
     except ImportError:
-        found = shutil.which(name)
-        if found is None:
-            raise fail(f"{name} must be installed (pip install {name})", found) from None
-        return found
+        return shutil.which(name) or str(find_package(name))
 
 
 @dataclass(frozen=True)
@@ -160,15 +223,16 @@ class Switches:
                 "/usr/local/cuda/bin",
                 nvcc,
             )
+        if compiler is not None:
+            refuse_relaxed_arithmetic(environment)
+        if nvcc is not None:
+            check_nvcc(nvcc, environment)
         wanted = environment.get("TORCH_CUDA_ARCH_LIST", "").strip()
         architectures: list[str] = []
         if wanted:
             architectures = parse_architectures(wanted)
         elif nvcc is not None:
-            listing = subprocess.run(
-                [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
-            )
-            architectures = major_architectures(listing.stdout)
+            architectures = major_architectures(ask_nvcc(nvcc, "--list-gpu-arch").stdout)
         jobs = environment.get("MAX_JOBS", "") or str(os.cpu_count() or 1)
         if not jobs.isdecimal() or int(jobs) == 0:
             raise fail("MAX_JOBS must be a positive number", jobs)
@@ -226,7 +290,7 @@ class BuildNative(build_ext):
         switches: Switches,
         environment: Mapping[str, str],
     ) -> None:
-        pybind11 = importlib.import_module("pybind11")
+        pybind11 = find_package("pybind11")
         values = {
             "CMAKE_BUILD_TYPE": "Debug" if switches.debug else "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja", "BIN_DIR"),

@@ -17,8 +17,8 @@ from torch import Tensor
 # share a thread pool: torch is imported above, and linters are not to move it.
 
 _HOW_TO_BUILD = (
-    "reinstall with a C++17 compiler present (pip install --no-binary mmbal-fast mmbal-fast); "
-    "`mmbal-fast info` says more"
+    "install a C++17 compiler and run `pip install --force-reinstall --no-deps .` in a clone of "
+    "the repository; `mmbal-fast info` says more"
 )
 
 

@@ -34,13 +34,14 @@ def machine(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def which(name: str) -> str | None:
         return f"/bin/{name}" if name in programs else None
 
-    def listing(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert command == ["/bin/nvcc", "--list-gpu-arch"]
-        names = "compute_50 compute_70 compute_75 compute_80 compute_86 compute_90 compute_120"
-        return subprocess.CompletedProcess(command, 0, names.replace(" ", "\n"))
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "/bin/nvcc"
+        known = "compute_50 compute_70 compute_75 compute_80 compute_86 compute_90 compute_120"
+        says = {"--version": "release 12.8, V12.8.93", "--list-gpu-arch": known.replace(" ", "\n")}
+        return subprocess.CompletedProcess(command, 0, says.get(command[1], ""), "")
 
     monkeypatch.setattr(script.shutil, "which", which)
-    monkeypatch.setattr(script.subprocess, "run", listing)
+    monkeypatch.setattr(script.subprocess, "run", answer)
     return programs
 
 
@@ -130,6 +131,130 @@ def test_a_value_that_cannot_be_is_named(
         script.Switches.read(environment)
     assert str(error.value).startswith("mmbal_fast build: ")
     assert message in str(error.value)
+
+
+RELAXED = [
+    "-ffast-math",
+    "-Ofast",
+    "-funsafe-math-optimizations",
+    "-ffinite-math-only",
+    "-fno-signed-zeros",
+    "-ffp-model=fast",
+    "-mdaz-ftz",
+    "--use_fast_math",
+    "-ftz=true",
+]
+
+
+@pytest.mark.parametrize("relaxed", RELAXED)
+@pytest.mark.parametrize("name", ["CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS", "CXX"])
+def test_flags_that_change_results_are_refused(
+    script: ModuleType, machine: set[str], name: str, relaxed: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        script.Switches.read({name: f"g++ -pipe {relaxed}"})
+    assert f"{name} must leave floating point exact" in str(error.value)
+    assert f"(got '{relaxed}')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "exact", ["-fno-fast-math", "-O2", "-march=native", "-mfma", "-ffp-contract=fast"]
+)
+def test_flags_that_the_build_overrides_are_taken(
+    script: ModuleType, machine: set[str], exact: str
+) -> None:
+    script.Switches.read({"CXXFLAGS": exact})
+
+
+def test_contraction_is_off_after_all_flags_of_the_user() -> None:
+    """CMake puts CXXFLAGS first, a target's options last."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert "set(host_flags -ffp-contract=off" in text
+    assert "--fmad=false" in text
+
+
+def test_without_compiler_pure_python_takes_any_flag(script: ModuleType, machine: set[str]) -> None:
+    assert script.Switches.read({"CXXFLAGS": "-Ofast", "MMBAL_PURE_PYTHON": "1"}).compiler is None
+
+
+def fake_nvcc(folder: Path, lines: str) -> str:
+    """A script in the place of nvcc; `$*` are its arguments."""
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+REFUSES = 'case "$*" in *--version*) echo "release 12.4, V12.4.1";; *) echo "$0: error: \
+-- unsupported GNU version! gcc versions later than 13 are not supported!" >&2; exit 1;; esac'
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            'case "$*" in *--version*) echo "release 10.2, V10.2.89";; *) exit 1;; esac',
+            r"nvcc must be of CUDA 12\.1 or later; MMBAL_CPU_ONLY=1 .* \(got '.*nvcc of 10\.2'\)",
+        ),
+        (
+            "echo no such thing >&2; exit 1",
+            r"nvcc must be of CUDA 12\.1 or later; .* \(got '.*nvcc of no such thing'\)",
+        ),
+        (
+            REFUSES,
+            r"must accept the host compiler, CUDAHOSTCXX=g\+\+-N .*; MMBAL_CPU_ONLY=1 builds "
+            r"without CUDA \(got 'CUDA 12\.4: .*gcc versions later than 13 are not supported!'\)",
+        ),
+    ],
+    ids=["too old", "broken", "refuses the compiler"],
+)
+@pytest.mark.parametrize("architectures", ["", "9.0"])
+def test_an_nvcc_that_cannot_be_used_is_named_in_one_line(
+    script: ModuleType, tmp_path: Path, lines: str, message: str, architectures: str
+) -> None:
+    environment = {
+        "CXX": sys.executable,
+        "CUDACXX": fake_nvcc(tmp_path, lines),
+        "TORCH_CUDA_ARCH_LIST": architectures,
+    }
+    with pytest.raises(SystemExit, match=message) as error:
+        script.Switches.read(environment)
+    assert "\n" not in str(error.value)
+    assert script.Switches.read({**environment, "MMBAL_CPU_ONLY": "1"}).nvcc is None
+
+
+def test_an_nvcc_that_does_not_run_is_named(script: ModuleType, tmp_path: Path) -> None:
+    path = fake_nvcc(tmp_path, "")
+    Path(path).write_text("#!/no/such/interpreter\n")
+    with pytest.raises(
+        SystemExit, match=r"nvcc must run; MMBAL_CPU_ONLY=1 .*\(got '.*nvcc: No such"
+    ):
+        script.Switches.read({"CXX": sys.executable, "CUDACXX": path})
+
+
+def test_the_host_compiler_that_is_named_is_what_nvcc_is_asked_about(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    answers = f'case "$*" in *"-ccbin g++-12"*) exit 0;; esac; {REFUSES}'
+    environment = {"CXX": sys.executable, "CUDACXX": fake_nvcc(tmp_path, answers)}
+    environment["TORCH_CUDA_ARCH_LIST"] = "9.0"
+    with pytest.raises(SystemExit, match="host compiler"):
+        script.Switches.read(environment)
+    switches = script.Switches.read({**environment, "CUDAHOSTCXX": "g++-12"})
+    assert switches.architectures == ("90-real",)
+
+
+@pytest.mark.parametrize("name", ["pybind11", "cmake", "ninja"])
+def test_a_missing_build_requirement_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As with --no-build-isolation."""
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    rule = rf"mmbal_fast build: {name} must be installed \(pip install -r requirements/build.txt"
+    find = script.find_package if name == "pybind11" else lambda it: script.find_tool(it, "BIN_DIR")
+    with pytest.raises(SystemExit, match=rule):
+        find(name)
 
 
 def test_debug_of_other_programs_is_not_ours(script: ModuleType, machine: set[str]) -> None:
