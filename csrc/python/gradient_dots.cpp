@@ -30,8 +30,8 @@ py::object gradient_dots_(py::handle first, py::handle second, py::handle out, i
     const py::handle pair[] = {lists[0][row], lists[1][row]};
     if (pair[0].is_none() || pair[1].is_none()) continue;
     const auto name = [&] { return op + ": pair " + std::to_string(row); };
-    const View x = view(pair[0], name);
-    const View y = view(pair[1], name);
+    const View x = view(pair[0], name, true);
+    const View y = view(pair[1], name, true);
     if (x.count == 0 || y.count == 0) continue;
     if (shape_of(x) != shape_of(y)) {
       throw py::value_error(name() + " must have one shape (got " + to_string(shape_of(x)) +
