@@ -9,6 +9,7 @@ from mmbal_fast.methods.greedy_balancing import GreedyBalancing, GreedyLog, Gree
 from mmbal_fast.methods.info_reg import InfoReg
 from mmbal_fast.methods.metric_modulation import MetricModulation
 from mmbal_fast.methods.mlb import MLB
+from mmbal_fast.methods.mmpareto import MMPareto, MMParetoRecord
 from mmbal_fast.methods.ogm_ge import OGMGE
 from mmbal_fast.methods.opm import OPM, Dropped, OPMRecord
 
@@ -26,6 +27,8 @@ __all__ = [
     "GreedyRecord",
     "InfoReg",
     "MetricModulation",
+    "MMPareto",
+    "MMParetoRecord",
     "OPMRecord",
     "SuperEpoch",
 ]

@@ -192,6 +192,25 @@ class Routed(Run):
         scale(self.method.loss(fused, own)).backward()
 
 
+class Combined(Run):
+    """Two gradients of every encoder."""
+
+    model: Net
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        batch, target = self.batch(number)
+        features = self.model.features(batch)
+        losses = {
+            name: cross_entropy(self.model.heads[name](each), target)
+            for name, each in features.items()
+        }
+        losses["fused"] = cross_entropy(self.model(features), target)
+        self.method.backward({name: scale(each) for name, each in losses.items()})
+
+    def act(self, given: Any, **scaling: Any) -> None:
+        self.method.step(**scaling)
+
+
 class Dropping(Run):
     """Features are dropped before the fusion."""
 
@@ -302,6 +321,12 @@ def shuffling() -> Run:
     )
 
 
+def combining() -> Run:
+    """A run of MMPareto."""
+    net: Any = filled(Net())
+    return Combined(net, mmbal_fast.MMPareto(net.encoders))
+
+
 LOGITS = {name: torch.zeros(2, CLASSES, dtype=torch.float32, device="cpu") for name in NAMES}
 LABELS = torch.zeros(2, dtype=torch.int64, device="cpu")
 
@@ -398,6 +423,17 @@ CASES = (
             lambda run: run.method.loss(torch.zeros(()), [torch.zeros(())] * 3),
         ),
         skips=False,
+    ),
+    Case(
+        "MMPareto",
+        mmbal_fast.MMPareto,
+        combining,
+        {"gamma": (1.0, -1.0)},
+        (
+            lambda run: run.method.backward({"fused": torch.zeros(())}),
+            lambda run: run.method.backward({**OWN, "fused": torch.zeros(())}),
+            lambda run: run.method.step(grad_scaler=GradScaler("cpu")),
+        ),
     ),
     Case(
         "OPM",
