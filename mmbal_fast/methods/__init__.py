@@ -12,6 +12,7 @@ from mmbal_fast.methods.mlb import MLB
 from mmbal_fast.methods.mmpareto import MMPareto, MMParetoRecord
 from mmbal_fast.methods.ogm_ge import OGMGE
 from mmbal_fast.methods.opm import OPM, Dropped, OPMRecord
+from mmbal_fast.methods.relearning import Relearning, RelearningRecord
 
 __all__ = [
     "AGM",
@@ -30,5 +31,7 @@ __all__ = [
     "MMPareto",
     "MMParetoRecord",
     "OPMRecord",
+    "Relearning",
+    "RelearningRecord",
     "SuperEpoch",
 ]

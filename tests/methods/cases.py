@@ -211,6 +211,20 @@ class Combined(Run):
         self.method.step(**scaling)
 
 
+class Relearned(Run):
+    """Encoders are pulled back every third step."""
+
+    model: Net
+
+    def backward(self, number: int, scale: Callable[[Tensor], Tensor]) -> Any:
+        batch, target = self.batch(number)
+        if number == 0 and self.method._first is None:
+            self.method.remember()  # made on the meta device
+        if number % 3 == 2:
+            self.method.step({"audio": 0.1, "image": 0.0, "text": 0.3}, optimizer=self.optimizer)
+        scale(cross_entropy(self.model(self.model.features(batch)), target)).backward()
+
+
 class Dropping(Run):
     """Features are dropped before the fusion."""
 
@@ -319,6 +333,12 @@ def shuffling() -> Run:
     return Featured(
         filled(Net()), mmbal_fast.fusion.ShuffleModality(NAMES, anchor="text", probability=0.6)
     )
+
+
+def relearning() -> Run:
+    """A run of re-learning."""
+    net: Any = filled(Net())
+    return Relearned(net, mmbal_fast.Relearning(net.encoders))
 
 
 def combining() -> Run:
@@ -434,6 +454,17 @@ CASES = (
             lambda run: run.method.backward({**OWN, "fused": torch.zeros(())}),
             lambda run: run.method.step(grad_scaler=GradScaler("cpu")),
         ),
+    ),
+    Case(
+        "re-learning",
+        mmbal_fast.Relearning,
+        relearning,
+        {"strength": (1.0, -1.0)},
+        (
+            lambda run: run.method.step({"audio": 0.1}),
+            lambda run: run.method.step(dict.fromkeys(NAMES, float("inf"))),
+        ),
+        skips=False,
     ),
     Case(
         "OPM",
