@@ -195,26 +195,26 @@ class MMPareto(Method):
         own, self._own = self._own, None
         if own is None:
             raise RuntimeError(f"{op}: needs backward() first (got none since the last step)")
-        total = self._groups.gradients()
-        rows = [index for index, grad in enumerate(total) if grad is not None]
-        if not rows:
+        given = self._groups.gradients()
+        total = {index: grad for index, grad in enumerate(given) if grad is not None}
+        if not total:
             raise RuntimeError(
                 f"{op}: must come between backward and zero_grad "
-                f"(got no gradient on {len(total)} parameters)"
+                f"(got no gradient on {len(given)} parameters)"
             )
         if scaler is not None:
             unscale_(scaler, optimizers)
-        first = [total[index] for index in rows]
+        first = list(total.values())
         second = [
             torch.zeros_like(grad) if (mine := own[index]) is None else mine
-            for index, grad in zip(rows, first, strict=True)
+            for index, grad in total.items()
         ]
         if scaler is not None:
             assert scaler._scale is not None
             torch._foreach_mul_(second, scaler._scale.double().reciprocal().float())
         self._average(second)
-        modality = [self._groups.modality[index] for index in rows]
-        self.last = self._combine(first, second, modality)  # type: ignore[arg-type]
+        modality = [self._groups.modality[index] for index in total]
+        self.last = self._combine(first, second, modality)
         return self.last
 
     def _average(self, grads: list[Tensor]) -> None:
@@ -229,7 +229,7 @@ class MMPareto(Method):
             packed = torch.cat([each.reshape(-1) for each in some])
             dist.all_reduce(packed, group=self._group)
             packed /= dist.get_world_size(self._group)
-            parts = packed.split([each.numel() for each in some])
+            parts = torch.split(packed, [each.numel() for each in some])
             torch._foreach_copy_(
                 some, [part.view_as(each) for part, each in zip(parts, some, strict=True)]
             )
