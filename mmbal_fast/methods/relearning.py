@@ -243,7 +243,7 @@ def purity(
     values = features.detach().to("cpu", torch.float64)
     if not bool(values.isfinite().all()):
         raise ValueError("purity: features must be finite (got NaN or inf)")
-    _, own = labels.cpu().unique(return_inverse=True)
+    _, own = torch.unique(labels.cpu(), return_inverse=True)
     classes = int(own.max()) + 1 if len(own) else 0
     count = classes if clusters is None else clusters
     if not 1 <= count <= len(values):
