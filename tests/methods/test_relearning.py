@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mmbal_fast
-from mmbal_fast.methods.relearning import purity
+from mmbal_fast import purity
 
 
 def encoders() -> Any:
