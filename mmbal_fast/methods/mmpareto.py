@@ -206,7 +206,8 @@ class MMPareto(Method):
             unscale_(scaler, optimizers)
         first = list(total.values())
         second = [
-            torch.zeros_like(grad) if (mine := own[index]) is None else mine
+            # The gradient of a sum is expanded: elements that share memory.
+            torch.zeros_like(grad) if (mine := own[index]) is None else mine.contiguous()
             for index, grad in total.items()
         ]
         if scaler is not None:
