@@ -139,7 +139,13 @@ def run(
                     way = "fused" if row.prediction == "alone" else row.prediction
                     for rate in grid:
                         spec = _trial.Run(
-                            each, optimizer, row.training, rate, seed, length, str(files)
+                            each,
+                            optimizer,
+                            row.training,
+                            rate,
+                            seed,
+                            length,  # type: ignore[arg-type]
+                            str(files),
                         )
                         runs.setdefault(spec, []).append(way)
     with Progress(

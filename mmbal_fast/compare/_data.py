@@ -50,7 +50,7 @@ class Batches:
         order = torch.arange(count)
         if self.generator is not None:
             order = torch.randperm(count, generator=self.generator)
-        for index in order.split(self.size):
+        for index in torch.split(order, self.size):
             yield {name: each[index] for name, each in self.inputs.items()}, self.target[index]
 
 
@@ -246,7 +246,7 @@ def _watch(files: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     for series, exercise, subject in zip(data["X"], data["y"], data["subject"], strict=True):
         count = len(series) // WINDOW
         pieces = torch.tensor(series[: count * WINDOW], dtype=torch.float32)
-        windows.append(pieces.unflatten(0, (count, WINDOW)))
+        windows.append(torch.unflatten(pieces, 0, (count, WINDOW)))
         label += count * [int(exercise)]
         person += count * [int(subject)]
     signal = torch.cat(windows)
@@ -283,7 +283,7 @@ class Watch:
         """A random split of the people; test windows in random order."""
         generator = torch.Generator().manual_seed(seed)
         inputs, label, person = _watch(self.files)
-        people = person.unique()
+        people = torch.unique(person)
         groups = people[torch.randperm(len(people), generator=generator)].tensor_split([5, 7])
         order = torch.randperm(len(label), generator=generator)
         parts = [order[torch.isin(person[order], group)] for group in groups]

@@ -71,7 +71,8 @@ class _Windows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         windows = x.reshape(-1, self.size * x.shape[2])
         out: Tensor = self.norm(self.linear(windows)).relu()
-        return out.unflatten(0, (len(x), -1))
+        grouped: Tensor = torch.unflatten(out, 0, (len(x), -1))
+        return grouped
 
 
 def signal_encoder(channels: int) -> nn.Sequential:

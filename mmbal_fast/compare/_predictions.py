@@ -49,7 +49,7 @@ def _gate(seen: Seen, batch: int | None) -> Prediction:
     """`TypicalityGate`: soft without a batch size, hard on unlabelled batches of that size."""
     network = seen.training.network
     widths = {name: head.in_features for name, head in network.heads.items()}
-    gate = TypicalityGate(widths, network.classes, mode="soft" if batch is None else "hard")
+    gate = TypicalityGate(widths, network.classes, mode="soft" if batch is None else "hard")  # type: ignore[arg-type]
     gate.fit([(seen.train.features, seen.train_target)], [seen.validation.features], progress=False)
 
     def predict(outputs: Outputs) -> Tensor:
@@ -58,7 +58,7 @@ def _gate(seen: Seen, batch: int | None) -> Prediction:
                 {name: each[rows] for name, each in outputs.features.items()},
                 {name: each[rows] for name, each in outputs.unimodal.items()},
             )
-            for rows in torch.arange(len(outputs.fused)).split(batch or len(outputs.fused))
+            for rows in torch.split(torch.arange(len(outputs.fused)), batch or len(outputs.fused))
         ]
         return torch.cat(pieces)
 

@@ -87,7 +87,7 @@ def _chosen(
         out = []
         for name in tried[0][1]["own"]:
             rate, best = max(tried, key=lambda each: each[1]["alone"][name])
-            found = best["alone"][name], best["own"][name], {}, {}, None, best["step_ms"]
+            found = best["alone"][name], best["own"][name], {}, {}, None, best["step_ms"]  # type: ignore[var-annotated]
             out.append(Line(data, optimizer, f"{row.key}:{name}", seed, rate, *found))
         return out
     rate, best = max(tried, key=lambda each: each[1]["ways"][row.prediction]["validation"])
@@ -234,7 +234,8 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def _mean(summary: Summary, name: str) -> float:
-    return mean(getattr(line, name) for line in summary.lines)
+    values: list[float] = [getattr(line, name) for line in summary.lines]
+    return mean(values)
 
 
 def table(data: str, optimizer: str, rows: Sequence[Summary]) -> Table:

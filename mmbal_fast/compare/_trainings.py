@@ -233,7 +233,7 @@ class Joined(UnimodalLosses):
         super().__init__(setup)
         network = setup.network
         widths = [network.heads[name].in_features for name in network.names]
-        self.mmtm = mmbal_fast.nn.MMTM(widths)
+        self.mmtm = mmbal_fast.nn.MMTM(widths)  # type: ignore[arg-type]
         self.optimizer.add_param_group({"params": list(self.mmtm.parameters())})
         self.balancing: mmbal_fast.GreedyBalancing | None = None
         if balanced:
@@ -296,7 +296,7 @@ class Blended(Training):
             self.network,
             self.blending.names,
             self._train_epoch,
-            lambda network: tuple(map(self._losses, self.setup.loaders[:2])),
+            lambda network: tuple(map(self._losses, self.setup.loaders[:2])),  # type: ignore[arg-type, return-value]
             epochs=max(1, self.setup.epochs // 5),
             restore=[self.optimizer],
             verbose=False,
@@ -345,7 +345,7 @@ def _agm(setup: Setup) -> mmbal_fast.AGM:
     if network.head is None:
         return mmbal_fast.AGM(network.model.encoders)
     widths = {name: network.heads[name].in_features for name in network.names}
-    return mmbal_fast.AGM(network.model.encoders, head=network.head, widths=widths)
+    return mmbal_fast.AGM(network.model.encoders, head=network.head, widths=widths)  # type: ignore[arg-type]
 
 
 TRAININGS: dict[str, Callable[[Setup], Training]] = {

@@ -68,7 +68,7 @@ def load_task(data: str, files: str) -> Task:
     if not all(callable(getattr(module, name, None)) for name in ("model", "loaders")):
         names = [name for name in vars(module) if not name.startswith("_")]
         raise TypeError(f"compare: {data} must define model and loaders (got {names})")
-    return module  # type: ignore[return-value]
+    return module
 
 
 def make_optimizer(name: str, network: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -150,7 +150,7 @@ def evaluate(
         training.load_state_dict(state)
         network, loaders = training.network, training.setup.loaders
         network.eval()
-        seen = Seen(training, *(x for each in loaders[:2] for x in _outputs(training, each)))
+        seen = Seen(training, *(x for each in loaders[:2] for x in _outputs(training, each)))  # type: ignore[arg-type]
         test, target = _outputs(training, loaders.test)
         validation, validation_target = seen.validation, seen.validation_target
         predictions = {way: PREDICTIONS[way](seen) for way in ways}

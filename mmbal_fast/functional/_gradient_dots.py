@@ -33,7 +33,8 @@ def gradient_dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None
         is None or empty.
 
     Raises:
-        TypeError: no lists or tuples; a gradient that is sparse, complex, integer or on the meta device.
+        TypeError: no lists or tuples; a gradient that is sparse, complex, integer or on the meta
+            device.
         RuntimeError: a gradient whose elements share memory.
         ValueError: lists of different length, or a pair that differs in shape, dtype or device.
 

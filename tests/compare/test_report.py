@@ -73,7 +73,7 @@ def made(row: str, accuracies: list[float], optimizer: str = "sgd") -> list[Line
     corrupted = dict.fromkeys(CORRUPTIONS, 40.0)
     rest = (0.1, 0.0), ({"a": 50.0}, corrupted, 45.0, 2.0)
     return [
-        Line("toy", optimizer, row, seed, *rest[0], each, *rest[1])
+        Line("toy", optimizer, row, seed, *rest[0], each, *rest[1])  # type: ignore[arg-type]
         for seed, each in enumerate(accuracies)
     ]
 

@@ -16,7 +16,7 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "compare_task.py")
 
 def spec(**changes: Any) -> Run:
     settings = {"optimizer": "sgd", "training": "unimodal", "rate": 0.1, "seed": 0, "epochs": 1}
-    return Run(EXAMPLE, **(settings | changes))
+    return Run(EXAMPLE, **(settings | changes))  # type: ignore[arg-type]
 
 
 def results(runs, directory, *, jobs=1, corrupted=False):

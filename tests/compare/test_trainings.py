@@ -34,7 +34,7 @@ def setup(optimizer: type[torch.optim.Optimizer] = torch.optim.SGD, epochs: int 
     model = LateFusion({name: nn.Linear(6, FEATURES) for name in "ab"}, CLASSES)
     network = Network(model, loaders.train)
     network.train()
-    return Setup(network, loaders, optimizer(network.parameters(), lr=0.05), epochs, 0)
+    return Setup(network, loaders, optimizer(network.parameters(), lr=0.05), epochs, 0)  # type: ignore[call-arg]
 
 
 def trained(training: Training) -> Training:
@@ -50,8 +50,8 @@ def trained(training: Training) -> Training:
 def accuracy(training: Training) -> float:
     test = training.setup.loaders.test
     with torch.no_grad():
-        outputs = training.outputs(training.network.encode(test.inputs))
-    return float((outputs.fused.argmax(dim=1) == test.target).float().mean())
+        outputs = training.outputs(training.network.encode(test.inputs))  # type: ignore[attr-defined]
+    return float((outputs.fused.argmax(dim=1) == test.target).float().mean())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -63,7 +63,7 @@ def test_every_training_learns_and_resumes_its_predictions(name):
     assert accuracy(twin) != accuracy(training)
     twin.load_state_dict(training.state_dict())
     twin.network.eval()
-    inputs = training.setup.loaders.test.inputs
+    inputs = training.setup.loaders.test.inputs  # type: ignore[attr-defined]
     with torch.no_grad():
         pair = [each.outputs(each.network.encode(inputs)) for each in (training, twin)]
     assert torch.equal(pair[0].fused, pair[1].fused)
@@ -76,7 +76,7 @@ def test_joint_training_is_the_plain_loop():
     plain = setup()
     for _ in range(3):
         for inputs, target in plain.loaders.train:
-            loss = cross_entropy(plain.network.model(inputs), target)
+            loss = cross_entropy(plain.network.model(inputs), target)  # type: ignore[operator]
             plain.optimizer.zero_grad()
             loss.backward()
             plain.optimizer.step()
@@ -103,7 +103,8 @@ def test_the_fusion_teaches_independent_encoders_nothing():
     inputs, target = next(iter(setup().loaders.train))
     head = network.unimodal(network.encode(inputs))["a"]
     (expected,) = torch.autograd.grad(
-        cross_entropy(head, target), network.model.encoders["a"].weight
+        cross_entropy(head, target),
+        network.model.encoders["a"].weight,  # type: ignore[arg-type]
     )
     found = gradients("independent")
     torch.testing.assert_close(found["model.encoders.a.weight"], expected)
@@ -130,7 +131,7 @@ def test_predictions_of_heads():
     with torch.no_grad():
         parts = []
         for each in training.setup.loaders[:2]:
-            parts += [training.outputs(training.network.encode(each.inputs)), each.target]
+            parts += [training.outputs(training.network.encode(each.inputs)), each.target]  # type: ignore[attr-defined]
         seen = Seen(training, *parts)
         outputs = seen.validation
         scores = {name: make(seen)(outputs) for name, make in PREDICTIONS.items()}
@@ -149,8 +150,8 @@ def test_the_hard_gate_sees_16_inputs_at_a_time():
     with torch.no_grad():
         parts = []
         for each in training.setup.loaders[:2]:
-            parts += [training.outputs(training.network.encode(each.inputs)), each.target]
-        inputs = {name: each.clone() for name, each in test.inputs.items()}
+            parts += [training.outputs(training.network.encode(each.inputs)), each.target]  # type: ignore[attr-defined]
+        inputs = {name: each.clone() for name, each in test.inputs.items()}  # type: ignore[attr-defined]
         inputs["a"][16:32] = 50.0  # one batch is broken
         outputs = training.outputs(training.network.encode(inputs))
         scores = PREDICTIONS["gate16"](Seen(training, *parts))(outputs)
@@ -162,8 +163,8 @@ def test_the_hard_gate_sees_16_inputs_at_a_time():
 def test_told_without_heads_mutes_the_features():
     training = trained(TRAININGS["joint"](setup()))
     with torch.no_grad():
-        outputs = training.outputs(training.network.encode(training.setup.loaders.test.inputs))
-        head: Any = training.network.model.head
+        outputs = training.outputs(training.network.encode(training.setup.loaders.test.inputs))  # type: ignore[attr-defined]
+        head: Any = training.network.model.head  # type: ignore[attr-defined]
         expected = outputs.features["b"] @ head.weight[:, FEATURES:].T + head.bias
         torch.testing.assert_close(told(training, outputs, "a"), expected)
 
@@ -184,7 +185,7 @@ def test_a_fusion_of_another_kind_is_muted_for_the_shares():
     network = Network(Gated(), data(30, 0))
     features = network.encode(data(30, 0).inputs)
     shares = network.shares(features)
-    expected = network.model.last(features["a"] * 0.5)
+    expected = network.model.last(features["a"] * 0.5)  # type: ignore[attr-defined]
     torch.testing.assert_close(shares["a"], expected)
 
 

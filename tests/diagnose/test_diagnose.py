@@ -58,7 +58,7 @@ def trained(train: Batches, *, balanced: bool) -> MultiHeadLateFusion:
             logits = model(inputs)
             heads = logits if balanced else ["fused"]
             optimizer.zero_grad()
-            sum(cross_entropy(logits[name], target) for name in heads).backward()
+            sum(cross_entropy(logits[name], target) for name in heads).backward()  # type: ignore[union-attr]
             optimizer.step()
     return model
 
@@ -118,7 +118,10 @@ def one_hot(count: int = 300, classes: int = 3, shift: float = 0.0) -> Batches:
 
 def found_of(model: nn.Module, validation: Batches | None = None, **options: object) -> Diagnosis:
     return diagnose(
-        model, one_hot(), validation or one_hot(), **{"epochs": 1, "optimizer": sgd} | options
+        model,  # type: ignore[arg-type]
+        one_hot(),
+        validation or one_hot(),
+        **{"epochs": 1, "optimizer": sgd} | options,  # type: ignore[arg-type]
     )
 
 
@@ -210,7 +213,7 @@ def test_encoders_start_anew_and_train_for_the_epochs() -> None:
     made, steps = [], []
 
     class Counting(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
             steps.append(len(self.param_groups[0]["params"]))
             super().step(closure)
 
@@ -244,7 +247,7 @@ def test_table_and_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[4] == found.advice
     assert all(len(line) <= 80 for line in table[:4])
     left, middle, right = found.plot().axes
-    heights = [patch.get_height() for axes in (left, middle, right) for patch in axes.patches]
+    heights = [patch.get_height() for axes in (left, middle, right) for patch in axes.patches]  # type: ignore[attr-defined]
     expected = torch.cat([found.probe, found.alone, found.muted, found.shuffled, found.share])
     torch.testing.assert_close(torch.tensor(heights, dtype=torch.float64), expected)
 

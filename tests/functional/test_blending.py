@@ -593,7 +593,7 @@ def test_differentiated_twice(backend: Backend, kind: str) -> None:
         w * F.cross_entropy(x, target, label_smoothing=0.1)
         for w, x in zip(weights, logits, strict=True)
     )
-    for one, other in zip(penalty(loss, logits), penalty(plain, logits), strict=True):
+    for one, other in zip(penalty(loss, logits), penalty(plain, logits), strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(one, other)
 
 

@@ -74,7 +74,7 @@ def by_hand(
         z, y_ = train[m].numpy(), y.numpy()
         mu = np.stack([z[y_ == c].mean(axis=0) for c in range(CLASSES)])
         s = sum(np.outer(row, row) for row in z - mu[y_]) / len(z)
-        s = (1 - shrinkage) * s + shrinkage * np.diag(s).mean() * np.eye(len(s))
+        s = (1 - shrinkage) * s + shrinkage * np.diag(s).mean() * np.eye(len(s))  # type: ignore[arg-type]
         inverse = np.linalg.inv(s)
 
         def distance(x: Tensor, mu: np.ndarray = mu, inverse: np.ndarray = inverse) -> np.ndarray:
@@ -106,7 +106,7 @@ def shifted(count: int = 20) -> Features:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_formulas(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test, logits = shifted(), some_logits(20)
     expected = by_hand(test, logits, mode)
     np.testing.assert_allclose(gate(test, logits).numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -122,7 +122,7 @@ def test_formulas(gate: TypicalityGate, mode: str) -> None:
 )
 def test_settings_reach_the_formulas(mode: str, default: dict, other: dict) -> None:
     test, logits = sample(20, 2)[0], some_logits(20)
-    gate = TypicalityGate(WIDTHS, CLASSES, mode=mode, **other)
+    gate = TypicalityGate(WIDTHS, CLASSES, mode=mode, **other)  # type: ignore[arg-type]
     gate.fit([sample(60, 0)], [sample(40, 1)[0]])
     expected = by_hand(test, logits, mode, **other)
     np.testing.assert_allclose(gate(test, logits).numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -168,7 +168,7 @@ def test_features_far_from_zero_do_not_cancel(gate: TypicalityGate) -> None:
 def test_half_precision_computes_in_float32(
     gate: TypicalityGate, mode: str, dtype: torch.dtype
 ) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test = {name: each.to(dtype) for name, each in shifted().items()}
     logits = some_logits(20, dtype)
     wide = gate({n: z.float() for n, z in test.items()}, {n: x.float() for n, x in logits.items()})
@@ -211,12 +211,12 @@ def test_state_dict(gate: TypicalityGate) -> None:
 def test_copies(gate: TypicalityGate, twin: object) -> None:
     gate.mode = "hard"
     test, logits = shifted(), some_logits(20)
-    assert torch.equal(twin(gate)(test, logits), gate(test, logits))
+    assert torch.equal(twin(gate)(test, logits), gate(test, logits))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_export_for_any_batch_size(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     batch = torch.export.Dim("batch", min=2)
     shapes = {name: {0: batch} for name in WIDTHS}
     program = torch.export.export(
@@ -229,7 +229,7 @@ def test_export_for_any_batch_size(gate: TypicalityGate, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("missing", [None, "text"])
 def test_compiles_in_one_graph(gate: TypicalityGate, mode: str, missing: str | None) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test, logits = shifted(), some_logits(20)
     if missing:
         test[missing] = logits[missing] = None
@@ -239,14 +239,14 @@ def test_compiles_in_one_graph(gate: TypicalityGate, mode: str, missing: str | N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_missing_modality_has_no_say(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test, logits = shifted(), some_logits(20)
     test["audio"] = logits["audio"] = None
     assert (gate.weights(test)[:, 0] == 0).all()
 
     rest = {name: width for name, width in WIDTHS.items() if name != "audio"}
     (train, target), (held_out, _) = sample(60, 0), sample(40, 1)
-    without = TypicalityGate(rest, CLASSES, mode=mode).fit(
+    without = TypicalityGate(rest, CLASSES, mode=mode).fit(  # type: ignore[arg-type]
         [({name: train[name] for name in rest}, target)], [{name: held_out[name] for name in rest}]
     )
     expected = without({n: test[n] for n in rest}, {n: logits[n] for n in rest})
@@ -258,7 +258,7 @@ def test_a_missing_modality_has_no_say(gate: TypicalityGate, mode: str) -> None:
 def test_a_row_that_is_not_finite_is_a_missing_one(
     gate: TypicalityGate, mode: str, value: float
 ) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test, logits = sample(20, 2)[0], some_logits(20)
     complete = gate(test, logits)
     broken = {name: each.clone() for name, each in test.items()}
@@ -278,7 +278,7 @@ def test_a_row_that_is_not_finite_is_a_missing_one(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sample_without_any_modality_predicts_nan(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     test, logits = sample(20, 2)[0], some_logits(20)
     for each in test.values():
         each[5] = float("nan")
@@ -289,7 +289,7 @@ def test_a_sample_without_any_modality_predicts_nan(gate: TypicalityGate, mode: 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_log_probabilities(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode
+    gate.mode = mode  # type: ignore[assignment]
     total = gate(shifted(), some_logits(20)).exp().sum(dim=1)
     torch.testing.assert_close(total, torch.ones_like(total))
 
@@ -444,7 +444,7 @@ def test_bad_data_changes_nothing(gate: TypicalityGate, case: str) -> None:
     train, held_out, error, message = BAD_DATA[case]
     before = copy.deepcopy(gate.state_dict())
     with pytest.raises(error, match=f"TypicalityGate.fit: .*{message}"):
-        gate.fit(train, held_out)
+        gate.fit(train, held_out)  # type: ignore[arg-type]
     for name, value in gate.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -512,7 +512,7 @@ class Sensors:
         return {n: -0.5 * torch.cdist(z, self.means[n]).square() for n, z in features.items()}
 
     def gate(self, mode: str) -> TypicalityGate:
-        gate = TypicalityGate(dict.fromkeys(self.names, self.width), self.classes, mode=mode)
+        gate = TypicalityGate(dict.fromkeys(self.names, self.width), self.classes, mode=mode)  # type: ignore[arg-type]
         return gate.fit([self.sample(1000)], [self.sample(300)[0]])
 
 
@@ -522,11 +522,11 @@ def accuracy(log_probs: Tensor, target: Tensor) -> float:
 
 def told(logits: Features, dropped: str) -> Tensor:
     """Product of the predictions of all modalities but one."""
-    return sum(each.log_softmax(dim=1) for name, each in logits.items() if name != dropped)
+    return sum(each.log_softmax(dim=1) for name, each in logits.items() if name != dropped)  # type: ignore[return-value]
 
 
 def in_batches(gate: TypicalityGate, features: Features, logits: Features, size: int) -> Tensor:
-    pieces = batches(features, torch.arange(len(next(iter(features.values())))), size)
+    pieces = batches(features, torch.arange(len(next(iter(features.values())))), size)  # type: ignore[arg-type]
     return torch.cat([gate(each, {n: x[rows] for n, x in logits.items()}) for each, rows in pieces])
 
 
@@ -538,7 +538,7 @@ def with_noise(
     broken = features | {noisy: features[noisy] + 3 * features[noisy].std(dim=0) * noise}
     logits = sensors.logits(broken)
     trusting = sum(each.log_softmax(dim=1) for each in logits.values())
-    return broken, accuracy(told(logits, noisy), target), accuracy(trusting, target)
+    return broken, accuracy(told(logits, noisy), target), accuracy(trusting, target)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("noisy", Sensors.names)
