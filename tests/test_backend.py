@@ -85,7 +85,7 @@ def test_one_warning_where_there_is_no_native_module(error: str, reason: str) ->
     assert result.stdout == f"{reason}\n"
     assert result.stderr.count("Warning") == 1
     assert f"RuntimeWarning: mmbal_fast: {reason}; the slower reference" in result.stderr
-    assert "To build it, reinstall with a C++17 compiler present" in result.stderr
+    assert "To build it, install a C++17 compiler and run" in result.stderr
 
 
 def test_unknown_instruction_set_names_those_that_are_known(cpu: Backend) -> None:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace mmbal {
 namespace {
@@ -15,14 +16,31 @@ using namespace pybind11::literals;
 class NegativeBit {
  public:
   explicit NegativeBit(py::handle torch) {
-    for (const char* dtype : {"float32", "float64", "float16"}) {
-      py::object base = torch.attr("ones")(py::make_tuple(2, 3), "dtype"_a = torch.attr(dtype),
-                                           "device"_a = "cpu");
-      const py::object plain = base.attr("view")(py::make_tuple(6));
-      const py::object negated = torch.attr("_neg_view")(plain);
-      if (!compare(plain, negated)) return;
+    // So many, of different sizes and all alive, that no bit of an address takes part by chance.
+    constexpr int kPairs = 48;
+    std::vector<py::object> plain, negated;
+    for (int i = 0; i < kPairs; ++i) {
+      const char* dtype = i % 3 == 0 ? "float32" : i % 3 == 1 ? "float64" : "float16";
+      plain.push_back(torch.attr("ones")(py::make_tuple(1 + 7 * i), "dtype"_a = torch.attr(dtype),
+                                         "device"_a = "cpu"));
+      negated.push_back(torch.attr("_neg_view")(plain.back()));
     }
-    found_ = true;
+    if (!find_pointer(plain[0])) return;
+    constexpr size_t kWords = 24;  // of an implementation at most: it has more
+    for (size_t i = 1; i < kWords && !found_; ++i) {
+      const uint64_t bit = word(implementation(plain[0]), i) ^ word(implementation(negated[0]), i);
+      if (bit == 0 || (bit & (bit - 1)) != 0) continue;
+      bool everywhere = true;
+      for (int j = 0; j < kPairs; ++j) {
+        everywhere &= (word(implementation(plain[j]), i) & bit) == 0;
+        everywhere &= (word(implementation(negated[j]), i) & bit) != 0;
+      }
+      if (everywhere) {
+        key_ = i;
+        bit_ = bit;
+        found_ = true;
+      }
+    }
   }
   bool found() const { return found_; }
   bool of(py::handle tensor) const {
@@ -39,26 +57,14 @@ class NegativeBit {
   const void* implementation(py::handle tensor) const {
     return reinterpret_cast<const void*>(word(tensor.ptr(), pointer_));
   }
-  // Finds the place, or checks that it is the same for another pair of tensors.
-  bool compare(py::handle plain, py::handle negated) {
-    const size_t words = static_cast<size_t>(Py_TYPE(plain.ptr())->tp_basicsize) / 8;
-    const auto address = plain.attr("_cdata").cast<uint64_t>();
+  // Where a tensor has the address of its implementation.
+  bool find_pointer(py::handle tensor) {
+    const size_t words = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize) / 8;
+    const auto address = tensor.attr("_cdata").cast<uint64_t>();
     size_t at = 2;  // behind reference count and type
-    while (at < words && word(plain.ptr(), at) != address) ++at;
-    if (at == words) return false;
+    while (at < words && word(tensor.ptr(), at) != address) ++at;
     pointer_ = at;
-    constexpr size_t kWords = 24;  // of an implementation at most: it has more
-    for (size_t i = 1; i < kWords; ++i) {
-      const uint64_t before = word(implementation(plain), i);
-      const uint64_t after = word(implementation(negated), i);
-      const uint64_t bit = before ^ after;
-      if (bit == 0 || (bit & (bit - 1)) != 0 || (after & bit) == 0) continue;
-      if (bit_ != 0 && (i != key_ || bit != bit_)) continue;
-      key_ = i;
-      bit_ = bit;
-      return true;
-    }
-    return false;
+    return at < words;
   }
 
   size_t pointer_ = 0, key_ = 0;  // words: the implementation in a tensor, the bit in that

@@ -101,9 +101,9 @@ class LogLinearPool(WideBuffers):
             if not bool(each.isfinite().all()):
                 raise ValueError(f"{op}: logits must be finite (got NaN or inf for {name!r})")
             given.append(each.detach().double())
-        _checks.batch(op, given, target)
-        if target.is_floating_point():
+        if isinstance(target, Tensor) and target.is_floating_point():
             raise TypeError(f"{op}: target must be integer labels (got {target.dtype})")
+        _checks.batch(op, given, target)
         counted = target[target != -100]
         if len(counted) == 0:
             raise ValueError(f"{op}: there must be a label that counts (got none)")

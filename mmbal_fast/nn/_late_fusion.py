@@ -87,7 +87,10 @@ def unimodal_logits(
             )
         return {name: _as_parameters(head[name], each) for name, each in features.items()}
     if not (
-        isinstance(head, nn.Linear) and getattr(head.forward, "__func__", None) is nn.Linear.forward
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        # A graph being compiled does not see what an instance was given.
+        and (torch.compiler.is_compiling() or "forward" not in vars(head))
     ):
         raise TypeError(
             f"{op}: fusion={fusion!r} takes one plain nn.Linear as head, for any other see "

@@ -74,7 +74,7 @@ def test_samples_that_count(backend: Backend) -> None:
     for labels, samples in (
         (target, 3),
         (torch.full_like(target, -100), 0),
-        (torch.rand(2, 5, 3, device=backend.device), 6),
+        (torch.rand(2, 5, 3, device=backend.device).softmax(1), 6),
     ):
         blending.loss(maps, labels)
         assert blending.last is not None
