@@ -30,7 +30,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*\.)?_\w+"),  # private
     # Types that the docstrings spell out.
     ("py:.*", r"(.*\.)?(Stateful|ScalarWriter|MappingLogger|MethodCallback)"),
-    ("py:.*", r"(.*\.)?(Encode|Parameters|Select|T)"),
+    ("py:.*", r"(.*\.)?(Encode|FusionModel|Parameters|Select|T)"),
 ]
 
 html_theme = "furo"

@@ -35,7 +35,7 @@ def blended_cross_entropy(
 
     except that a head of weight 0 is left out: neither its loss nor its gradient (which is 0) can
     make the others NaN when it has diverged. Differentiable once by kernels; more often, and in
-    `torch.func.grad` and its like, as plain PyTorch.
+    ``torch.func.grad`` and its like, as plain PyTorch.
 
     Args:
         logits: K >= 2 tensors of one shape ``[B, C]`` or ``[B, C, ...]``, C >= 2: float64, float32,

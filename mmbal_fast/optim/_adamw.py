@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` whose second moment sees the gradients from before a modulation.
+    """``torch.optim.AdamW`` whose second moment sees the gradients from before a modulation.
 
     Adam divides its first moment by the root of its second. Where a method scales all gradients of
     an encoder by ``k``, the two cancel, and the update is that of ``k = 1``. Here the first moment
@@ -24,10 +24,10 @@ class AdamW(torch.optim.AdamW):
 
     Call `keep_gradients` between ``backward`` (and ``GradScaler.unscale_``) and the method's step.
     Without it, and wherever a method leaves a gradient as it is, parameters and state are those of
-    `torch.optim.AdamW`, bit for bit. Costs a copy of the gradients in memory, and reading and
+    ``torch.optim.AdamW``, bit for bit. Costs a copy of the gradients in memory, and reading and
     writing them and the first moment once more.
 
-    Arguments, state and parameter groups are those of `torch.optim.AdamW`, so that each loads the
+    Arguments, state and parameter groups are those of ``torch.optim.AdamW``, so that each loads the
     other's ``state_dict``.
 
     Raises:
