@@ -66,7 +66,7 @@ class Diagnosis:
 
     @property
     def under_trained(self) -> tuple[str, ...]:
-        """Modalities with a gap of ``MARGIN`` points and two standard errors or more, worst first."""
+        """Modalities with a gap of ``MARGIN`` points and two standard errors, worst first."""
         behind = (self.gap >= MARGIN) & (self.gap > 2 * self.gap_error)
         worst = self.gap.argsort(descending=True).tolist()
         return tuple(self.names[m] for m in worst if behind[m])
