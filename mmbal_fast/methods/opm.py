@@ -70,8 +70,8 @@ class OPM(FeatureMethod):
 
     Where the released code differs: it removes samples that lost every modality from the batch;
     here they get ``Dropped.weight`` 0, so that shapes stay. Its draws come from NumPy's and the
-    CPU's generators; here they are a function of seed, step, rank, modality and sample. It does not parse
-    as released. For M modalities ``rho_m`` is the mean of ``S_m / S_j``,
+    CPU's generators; here they are a function of seed, step, rank, modality and sample. It does
+    not parse as released. For M modalities ``rho_m`` is the mean of ``S_m / S_j``,
     as in `functional.discrepancy_ratios`.
 
     Call `observe` with each modality's own logits, and the object with the features in front of the
