@@ -678,15 +678,17 @@ def test_steps_leave_nothing_behind(native: Backend) -> None:
     resident = resident_bytes()
     tracemalloc.start()
     steps(20)
-    gc.collect()
-    traced = tracemalloc.get_traced_memory()[0]
-    steps(80)
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - traced
+    grown = []
+    for _ in range(3):  # what leaks grows every time, what is kept once does not
+        gc.collect()
+        traced = tracemalloc.get_traced_memory()[0]
+        steps(80)
+        gc.collect()
+        grown.append(tracemalloc.get_traced_memory()[0] - traced)
     tracemalloc.stop()
     assert [sys.getrefcount(each) for each in watched] == counts
     assert len(gc.get_objects()) <= objects + 5
-    assert grown < 8000  # 80 steps
+    assert min(grown) < 8000  # 80 steps
     assert {key: each.data_ptr() for key, each in _backend._kept.workspaces.items()} == workspaces
     steps(30 if native.emulated else 300)
     assert resident_bytes() - resident < 4 << 20
