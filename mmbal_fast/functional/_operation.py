@@ -66,7 +66,11 @@ class Operation(Generic[Result]):
         inside = schema[len(self.name) + 1 : schema.index(") ->")]
         self._arguments = [each.split() for each in inside.split(", ")]  # type, name
         written = [name for type_, name in self._arguments if "!" in type_]
-        self._written = [i for i, (type_, _) in enumerate(self._arguments) if "!" in type_]
+        self._written = [
+            (index, type_.endswith("[]"))
+            for index, (type_, _) in enumerate(self._arguments)
+            if "!" in type_
+        ]
         # Replaces what a reload, or a purge of sys.modules, has left registered.
         definition = torch.library.custom_op(
             f"mmbal::{self.name}",
@@ -89,15 +93,15 @@ class Operation(Generic[Result]):
                 self, arguments[1:], *arguments[0]
             )
             return result
-        written = self._to_be_written(arguments) if self._written else None
+        if self._written:
+            self._check_mode(arguments)
         if torch.is_grad_enabled():  # switching takes 2 us
             with torch.no_grad():
                 result = self.run(*arguments, **eager)
         else:
             result = self.run(*arguments, **eager)
-        if written:
-            # As torch's own operations do, for a backward that saved what is now written.
-            increment_version(written)
+        if self._written:
+            self._bump_versions(arguments)
         return result
 
     def run(self, *arguments: Any, **eager: Any) -> Result:
@@ -107,36 +111,44 @@ class Operation(Generic[Result]):
             return self._reference(*arguments, **eager)
         return self._native(native, *arguments, **eager)
 
-    def _to_be_written(self, arguments: tuple[Any, ...]) -> list[Tensor]:
-        """What is written; inference tensors are refused as torch does.
+    def _check_mode(self, arguments: tuple[Any, ...]) -> None:
+        """Refuses what is written and no tensors, and inference tensors as torch does.
 
         Of a list the first one is asked: a list is made in one mode.
         """
-        written: list[Tensor] = []
-        for index in self._written:
-            value = arguments[index]
-            if value is None:
+        for index, is_list in self._written:
+            first = value = arguments[index]
+            if is_list:
+                if not isinstance(value, (list, tuple)):  # a union would be made anew
+                    raise TypeError(
+                        f"{self.name}: {self._arguments[index][1]} must be a list or tuple of "
+                        f"tensors (got {type(value).__name__})"
+                    )
+                first = value[0] if value else None
+                if first is None:
+                    first = next((each for each in value if each is not None), None)
+            if first is None or not isinstance(first, Tensor):  # which kernels and reference refuse
                 continue
-            position = len(written)
-            if isinstance(value, list | tuple):
-                written += [each for each in value if each is not None]
-            elif isinstance(value, Tensor):
-                written.append(value)
-            else:
-                raise TypeError(
-                    f"{self.name}: {self._arguments[index][1]} must be a list or tuple of tensors "
-                    f"(got {type(value).__name__})"
-                )
-            if (
-                position < len(written)
-                and written[position].is_inference()
-                and not torch.is_inference_mode_enabled()
-            ):
+            if first.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(
                     f"{self.name}: {self._arguments[index][1]} must not be inference tensors "
                     "outside of inference mode (got one that torch.inference_mode() made)"
                 )
-        return written
+
+    def _bump_versions(self, arguments: tuple[Any, ...]) -> None:
+        """As torch's own operations do, for a backward that saved what was written."""
+        single: list[Tensor] = []
+        for index, is_list in self._written:
+            value = arguments[index]
+            if is_list:
+                try:
+                    increment_version(value)
+                except RuntimeError:  # a None; to look for it would take as long as the call
+                    increment_version([each for each in value if each is not None])
+            elif value is not None:
+                single.append(value)
+        if single:
+            increment_version(single)
 
     def _in_transform(self, arguments: tuple[Any, ...]) -> Result:
         """Within `torch.func.grad` and its like."""
