@@ -137,18 +137,14 @@ class Operation(Generic[Result]):
 
     def _bump_versions(self, arguments: tuple[Any, ...]) -> None:
         """As torch's own operations do, for a backward that saved what was written."""
-        single: list[Tensor] = []
+        written: list[Tensor] = []
         for index, is_list in self._written:
             value = arguments[index]
             if is_list:
-                try:
-                    increment_version(value)
-                except RuntimeError:  # a None; to look for it would take as long as the call
-                    increment_version([each for each in value if each is not None])
+                written += [each for each in value if each is not None]
             elif value is not None:
-                single.append(value)
-        if single:
-            increment_version(single)
+                written.append(value)
+        increment_version(written)
 
     def _in_transform(self, arguments: tuple[Any, ...]) -> Result:
         """Within `torch.func.grad` and its like."""
