@@ -9,6 +9,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 # Extra arguments for pytest, as in `make test ARGS="-k philox -x"`.
 ARGS ?=
+# A file of tests stays in one process; threads that wait for others leave the cores to them.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(abspath $(RUN)) -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,7 +23,7 @@ demo: $(VENV)/.has-demo native ## what balances colored digits and what does not
 	$(BIN)/mmbal-fast demo
 
 test: $(VENV)/.has-test build ## the whole test-suite
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.has-lint typecheck ## style of Python, C++ and workflows, types
 	$(BIN)/ruff check .
@@ -59,7 +61,7 @@ sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and Undef
 	    MMBAL_SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	    $(abspath $(RUN)) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
+	    $(PYTEST) -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, its examples run
 	$(BIN)/sphinx-build -qW --keep-going -b doctest -d build/docs/trees docs build/docs/doctest
