@@ -38,6 +38,7 @@ template <class Device> void fill_with_noise(const struct Noise&, const Device&)
 template <class Device> void philox(const struct PhiloxBlock&, const Device&);
 template <class Device> void score(const struct Scores&, const Device&);
 template <class Device> void derive(const struct Derivation&, const Device&);
+template <class Device> void remember(const struct Memory&, const Device&);
 template <class Device> void cross_entropy(const struct CrossEntropy&, const Device&);
 template <class Device> void cross_entropy_backward(const struct CrossEntropyBackward&, const Device&);
 template <class Device> void accumulate_speeds(const struct Speeds&, const Device&);

@@ -77,7 +77,7 @@ template <class T>
 double sum_of_exponentials(const T* row, float top, int64_t classes) {
   const FloatVector shift = Simd::splat(top);
   FloatVector sum[kRowVectors] = {};
-  for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
+  for_each_logit(row, classes, classes, [&](const FloatVector* x) {
     unroll<kRowVectors>([&](auto v) { sum[v] += exp_nonpositive<Simd>(x[v] - shift); });
   });
   return sum_row_lanes(sum);
@@ -89,17 +89,11 @@ inline double sum_of_exponentials(const double* row, double top, int64_t classes
   return sum;
 }
 
-inline double row_max(const double* row, int64_t classes) {
-  double top = row[0];
-  for (int64_t c = 1; c < classes; ++c) top = row[c] > top ? row[c] : top;
-  return top;
-}
-
 // Loss of one row whose label is in range.
 template <class A, class T>
 double long_row_loss(const Rows& rows, int64_t r, A* top, A* log_sum) {
   const T* row = static_cast<const T*>(rows.logits) + r * rows.classes;
-  *top = row_max(row, rows.classes);
+  *top = row_max(row, rows.classes, rows.classes);
   *log_sum = static_cast<A>(std::log(sum_of_exponentials(row, *top, rows.classes)));
   const A* soft = soft_row<A>(rows, r);
   RowSums<A> sums{1, 0, 0};

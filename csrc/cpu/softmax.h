@@ -1,4 +1,4 @@
-// Rows of logits, and their softmax at a label or under soft labels.
+// What the softmax of a row of logits is made of.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -10,36 +10,66 @@ namespace {
 constexpr int kRowLanes = 16;
 constexpr int kRowVectors = kRowLanes / kWidth;
 
-// Calls f(vectors) for every kRowLanes logits of a row, the last ones padded with -inf.
-template <class T, class F>
-MMBAL_HD void for_each_logit(const T* row, int64_t classes, F&& f) {
-  FloatVector x[kRowVectors];
-  int64_t c = 0;
-  for (; c + kRowLanes <= classes; c += kRowLanes) {
+// kRowLanes elements of a row from c on, with `filler` behind its end. From the row's beginning
+// `readable` elements may be read.
+template <class T>
+MMBAL_HD void load_row(const T* row, int64_t c, int64_t classes, int64_t readable, float filler,
+                       FloatVector* x) {
+  if (c + kRowLanes <= classes) {
     unroll<kRowVectors>([&](auto v) { x[v] = load(row + c + v * kWidth); });
-    f(c, x);
+    return;
   }
-  if (c == classes) return;
+  if (c + kRowLanes <= readable) {  // what is behind the end is another row's
+    constexpr uint32_t a = ~0u;
+    static constexpr uint32_t kPast[2 * kRowLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                      0, 0, 0, 0, 0, a, a, a, a, a, a,
+                                                      a, a, a, a, a, a, a, a, a, a};
+    const uint32_t* past = kPast + kRowLanes - (classes - c);
+    unroll<kRowVectors>([&](auto v) {
+      UintVector mask;
+      std::memcpy(&mask, past + v * kWidth, sizeof mask);
+      x[v] = Simd::select(mask, load(row + c + v * kWidth), Simd::splat(filler));
+    });
+    return;
+  }
   T padded[kRowLanes];
   for (int i = 0; i < kRowLanes; ++i) {
-    padded[i] = c + i < classes ? row[c + i] : splat_as<T>(-HUGE_VALF);
+    padded[i] = c + i < classes ? row[c + i] : splat_as<T>(filler);
   }
   unroll<kRowVectors>([&](auto v) { x[v] = load(padded + v * kWidth); });
-  f(c, x);
+}
+
+// Calls f(vectors) for every kRowLanes logits of a row, the last ones padded with -inf.
+template <class T, class F>
+MMBAL_HD void for_each_logit(const T* row, int64_t classes, int64_t readable, F&& f) {
+  FloatVector x[kRowVectors];
+  for (int64_t c = 0; c < classes; c += kRowLanes) {
+    load_row(row, c, classes, readable, -HUGE_VALF, x);
+    f(x);
+  }
 }
 
 template <class T>
-float row_max(const T* row, int64_t classes) {
+float row_max(const T* row, int64_t classes, int64_t readable) {
   FloatVector top[kRowVectors];
   unroll<kRowVectors>([&](auto v) { top[v] = Simd::splat(-HUGE_VALF); });
-  for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
+  for_each_logit(row, classes, readable, [&](const FloatVector* x) {
     unroll<kRowVectors>([&](auto v) { top[v] = Simd::max(top[v], x[v]); });
   });
   float lanes[kRowLanes];
   unroll<kRowVectors>([&](auto v) { store(lanes + v * kWidth, top[v]); });
-  float result = lanes[0];
-  for (int i = 1; i < kRowLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
+  for (int half = kRowLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    }
+  }
+  return lanes[0];
+}
+
+inline double row_max(const double* row, int64_t classes, int64_t) {
+  double top = row[0];
+  for (int64_t c = 1; c < classes; ++c) top = row[c] > top ? row[c] : top;
+  return top;
 }
 
 inline double sum_row_lanes(const FloatVector* v) {
@@ -48,70 +78,6 @@ inline double sum_row_lanes(const FloatVector* v) {
   unroll<kRowVectors>([&](auto j) { store(lanes + j * kWidth, v[j]); });
   for (int i = 0; i < kRowLanes; ++i) wide[i] = lanes[i];
   return pairwise_sum(wide);
-}
-
-template <class T>
-double row_score(const void* data, int64_t classes, int64_t label) {
-  const T* row = static_cast<const T*>(data);
-  const float top = row_max(row, classes);
-  const FloatVector shift = Simd::splat(top);
-  FloatVector sum[kRowVectors] = {};
-  for_each_logit(row, classes, [&](int64_t, const FloatVector* x) {
-    unroll<kRowVectors>([&](auto v) { sum[v] += exp_nonpositive<Simd>(x[v] - shift); });
-  });
-  const float own = static_cast<float>(to_double(row[label])) - top;
-  return exp_nonpositive<Scalar>(own) / sum_row_lanes(sum);
-}
-
-template <class T>
-double soft_row_score(const void* data, int64_t classes, const void* weights) {
-  const T* row = static_cast<const T*>(data);
-  const T* weight = static_cast<const T*>(weights);
-  const FloatVector shift = Simd::splat(row_max(row, classes));
-  FloatVector sum[kRowVectors] = {};
-  FloatVector weighted[kRowVectors] = {};
-  for_each_logit(row, classes, [&](int64_t c, const FloatVector* x) {
-    unroll<kRowVectors>([&](auto v) {
-      const FloatVector e = exp_nonpositive<Simd>(x[v] - shift);
-      T padded[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const int64_t at = c + v * kWidth + i;
-        padded[i] = at < classes ? weight[at] : splat_as<T>(0.0f);
-      }
-      sum[v] += e;
-      weighted[v] = Simd::fma(e, load(padded), weighted[v]);
-    });
-  });
-  return sum_row_lanes(weighted) / sum_row_lanes(sum);
-}
-
-inline double double_row_sum(const double* row, int64_t classes, const double* weights,
-                             double* own) {
-  double top = -HUGE_VAL;
-  for (int64_t c = 0; c < classes; ++c) top = row[c] > top ? row[c] : top;
-  double sum = 0;
-  for (int64_t c = 0; c < classes; ++c) {
-    const double e = std::exp(row[c] - top);
-    sum += e;
-    if (weights) *own += e * weights[c];
-  }
-  return weights ? sum : (*own = top, sum);
-}
-
-template <>
-inline double row_score<double>(const void* data, int64_t classes, int64_t label) {
-  const double* row = static_cast<const double*>(data);
-  double top = 0;
-  const double sum = double_row_sum(row, classes, nullptr, &top);
-  return std::exp(row[label] - top) / sum;
-}
-
-template <>
-inline double soft_row_score<double>(const void* data, int64_t classes, const void* weights) {
-  double own = 0;
-  const double sum = double_row_sum(static_cast<const double*>(data), classes,
-                                    static_cast<const double*>(weights), &own);
-  return own / sum;
 }
 
 }  // namespace

@@ -54,13 +54,6 @@ struct Blending {
   }
 };
 
-// Sum over the threads of a row, for all of them.
-template <int kLanes, class A>
-__device__ __forceinline__ A row_sum(A x) {
-  __shared__ A shared[kWarps];
-  return kLanes == kThreads ? block_sum(x, shared) : warp_sum(x);
-}
-
 template <int kLanes, class T>
 __device__ __forceinline__ double loss_of_row(const Blending& blending, int head, int64_t r) {
   using A = typename Element<T>::Compute;

@@ -70,6 +70,13 @@ __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
+// Sum over the threads of a row, for all of them.
+template <int kLanes, class A>
+__device__ __forceinline__ A row_sum(A x) {
+  __shared__ A shared[kWarps];
+  return kLanes == kThreads ? block_sum(x, shared) : warp_sum(x);
+}
+
 // The softmax of the whole row, for all its threads.
 template <int kLanes, class A>
 __device__ __forceinline__ Softmax<A> combine(Softmax<A> part) {

@@ -15,6 +15,8 @@ from mmbal_fast.functional._operation import in_graph
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 RULES = ("cvpr2022", "cvpr2022_excess", "tpami2024")
+STATISTICS = ("probability", "log_probability", "accuracy")
+"""In the order of csrc/operations/scores.h."""
 
 
 def number(op: str, name: str, value: float | Tensor) -> float:
@@ -91,6 +93,15 @@ def rule_name(op: str, rule: object) -> str:
     return str(rule)
 
 
+def statistic_name(op: str, statistic: object) -> str:
+    """What of a sample is summed."""
+    if statistic not in STATISTICS:
+        raise ValueError(
+            f"{op}: statistic must be one of {', '.join(STATISTICS)} (got {statistic!r})"
+        )
+    return str(statistic)
+
+
 def vector(op: str, name: str, value: Tensor, least: int) -> None:
     """A one-dimensional floating point tensor of at least ``least`` elements."""
     if value.ndim != 1 or len(value) < least or not value.is_floating_point():
@@ -117,7 +128,7 @@ def mapping(op: str, name: str, value: object, holds: str) -> None:
         )
 
 
-def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
+def batch(op: str, logits: Sequence[Tensor], target: Tensor, *, multi_label: bool = False) -> None:
     """Logits of one shape ``[B, C, ...]`` on one device, and labels that fit them."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a tensor (got {type(target).__name__})")
@@ -136,17 +147,27 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
                 f"{op}: logits must have one shape [B, C] or [B, C, ...] "
                 f"(got {[list(x.shape) for x in logits]})"
             )
-        if each.shape[1] < 2:
+        if each.shape[1] < (1 if multi_label else 2):
+            advice = (
+                ""
+                if multi_label
+                else "; for a single logit x give labels 0.0 and 1.0 of its "
+                "shape and multi_label=True, or torch.stack([torch.zeros_like(x), x], 1)"
+            )
             raise ValueError(
-                f"{op}: logits must be of at least two classes; for a single logit x give "
-                "torch.stack([torch.zeros_like(x), x], 1) and labels 0 and 1 "
-                f"(got {list(each.shape)})"
+                f"{op}: logits must be of at least {'one class' if multi_label else 'two classes'}"
+                f"{advice} (got {list(each.shape)})"
             )
         if each.device != device:
             raise ValueError(
                 f"{op}: logits and target must be on one device (got {each.device} and {device})"
             )
     soft = target.is_floating_point()
+    if multi_label and not soft:
+        raise TypeError(
+            f"{op}: target must be floating point, 0 or 1 for each label, with multi_label=True "
+            f"(got {target.dtype})"
+        )
     if not soft and target.dtype not in INTEGERS:
         raise TypeError(
             f"{op}: target must be integer labels or floating point soft labels "
@@ -160,20 +181,31 @@ def batch(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
             f"{list(first.shape)} (got {list(target.shape)}, {target.dtype})"
         )
     if soft and target.device.type == "cpu" and not in_graph():
-        _distributions(op, target)
+        if torch._C._functorch.maybe_current_level() is not None:
+            return  # a transform of torch.func has no values to read
+        if multi_label:
+            _truths(op, target.detach())
+        else:
+            _distributions(op, target.detach())
+
+
+def _truths(op: str, target: Tensor) -> None:
+    """Labels from 0 to 1. Reads them: for the CPU."""
+    if not bool(((target >= 0) & (target <= 1)).all()):  # NaN fails too
+        raise ValueError(
+            f"{op}: target must be from 0 to 1 for each label with multi_label=True "
+            f"(got {float(target.min()):.4g} to {float(target.max()):.4g})"
+        )
 
 
 def _distributions(op: str, target: Tensor) -> None:
     """Soft labels that are not negative and add up to 1. Reads them: for the CPU."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return  # a transform of torch.func has no values to read
-    target = target.detach()
     total = target.sum(1, dtype=torch.float64)
     # Within what bfloat16 rounds; NaN fails too.
     if not bool(((target >= 0).all(1) & ((total - 1).abs() <= 0.05)).all()):
         raise ValueError(
             f"{op}: soft labels must not be negative and must add up to 1 over the classes; give "
-            "several true labels of a sample equal shares, or a class index "
+            "several true labels of a sample equal shares, or a class index, or multi_label=True "
             f"(got sums from {float(total.min()):.4g} to {float(total.max()):.4g}, least entry "
             f"{float(target.min()):.4g})"
         )

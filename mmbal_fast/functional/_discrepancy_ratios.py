@@ -42,7 +42,7 @@ def discrepancy_ratios(scores: Tensor) -> Tensor:
 def _native(native: ModuleType, scores: Tensor) -> Tensor:
     state = torch.empty((3, len(scores)), dtype=torch.float32, device=scores.device)
     state[0] = scores
-    native.derive_(state, True, 0.0, RULE_CODES["none"])
+    native.derive_(state, None, None, None, True, 0.0, 1.0, RULE_CODES["none"])
     return state[1].clone()
 
 

@@ -65,7 +65,7 @@ def _native(native: ModuleType, ratios: Tensor, alpha: float | Tensor, rule: str
     state = torch.empty((3, len(ratios)), dtype=torch.float32, device=ratios.device)
     state[1] = ratios
     strength = _checks.number("modulation_coefficients", "alpha", alpha)
-    native.derive_(state, False, strength, RULE_CODES[rule])
+    native.derive_(state, None, None, None, False, strength, 1.0, RULE_CODES[rule])
     return state[2].clone()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmbal_fast.functional import _checks
-from mmbal_fast.training.means import MeanModulation, number_of
+from mmbal_fast.training.means import PastModulation
 from mmbal_fast.training.method import Setting, integer
 from mmbal_fast.training.parameters import Parameters, Select, every
 from mmbal_fast.training.shards import local_gradient
@@ -18,11 +17,8 @@ from mmbal_fast.training.shards import local_gradient
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FLOOR = 1e-8
-_MOST = 10.0
 
-
-class AGM(MeanModulation):
+class AGM(PastModulation):
     """Speeds up the modality that has fallen behind its own past, and slows down the others.
 
     ``k_m = exp(alpha min(tau_m - r_m, 10))``, where ``r_m`` says how far modality m is ahead of
@@ -71,6 +67,10 @@ class AGM(MeanModulation):
     alpha = Setting(_checks.number)
     """Strength of the modulation."""
 
+    _statistic = "log_probability"
+    _rule, _strength = "agm", "alpha"
+    _remembers, _mean_of_steps = ("means", "averaged"), True
+
     def __init__(
         self,
         modalities: Mapping[str, Parameters] | nn.ModuleDict,
@@ -84,7 +84,13 @@ class AGM(MeanModulation):
         self.alpha = alpha
         super().__init__(modalities, select=select or every, process_group=process_group)
         self._head = head
-        self._widths = None if head is None else self._checked_widths(head, widths)
+        numbers = [] if head is None else self._checked_widths(head, widths)
+        # The modality of each of the head's columns.
+        self._columns = torch.tensor(
+            [m for m, number in enumerate(numbers) for _ in range(number)],
+            dtype=torch.int64,
+            device="cpu",
+        )
 
     def _checked_widths(self, head: nn.Linear, widths: Mapping[str, int] | None) -> list[int]:
         op = type(self).__name__
@@ -106,59 +112,16 @@ class AGM(MeanModulation):
             raise ValueError(f"{op}: head must belong to no modality (got one of an encoder)")
         return numbers
 
-    def _totals_of(self, logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> Tensor:
-        sums = [_log_likelihood(each, target, ignore_index) for each in logits]
-        return torch.cat([torch.stack(sums), number_of(target, ignore_index)])
-
-    def _derive_from_means(self) -> None:
-        scores, ratios, coefficients = self._rows
-        ratios.copy_(_ahead(scores))
-        excess = (_ahead(self._memory["means"]) - ratios).clamp(max=_MOST)
-        k = torch.exp(self._scalar("alpha") * excess)
-        coefficients.copy_(torch.where(k.isnan(), 1.0, k))
-
-    def _blank_memory(self) -> dict[str, Tensor]:
-        return {
-            "means": torch.zeros(len(self.names), dtype=torch.float32, device="cpu"),
-            "averaged": torch.zeros((), dtype=torch.int64, device="cpu"),
-        }
-
-    def _recall(self) -> dict[str, Tensor]:
-        means, averaged = self._memory["means"], self._memory["averaged"]
-        return {
-            "means": means + (self._rows[0] - means) / (averaged + 1),
-            "averaged": averaged + 1,
-        }
-
     def _scale_shared(self) -> None:
         """The head's columns by their modality's coefficient, its bias by the mean of all."""
-        if self._head is None or self._widths is None:
+        if self._head is None:
             return
-        k = self._rows[2]
+        k = self._record.coefficients
         weight, bias = local_gradient(self._head.weight), None
         if self._head.bias is not None:
             bias = local_gradient(self._head.bias)
         if weight is not None:
-            columns = zip(torch.split(weight, self._widths, dim=1), k.unbind(), strict=True)
-            for part, coefficient in columns:
-                part.mul_(coefficient)
+            self._columns = self._columns.to(k.device)
+            weight.mul_(k[self._columns])
         if bias is not None:
             bias.mul_(k.mean())
-
-
-def _ahead(scores: Tensor) -> Tensor:
-    """How far each modality is ahead: ``exp`` of its mean lead over the others, ``[M]``."""
-    count = len(scores)
-    return torch.exp(count / (count - 1) * (scores - scores.mean()))
-
-
-def _log_likelihood(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Sum over the samples of the log-probability of the true class, float32 ``[]``."""
-    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    floor = math.log(_FLOOR)
-    logs = logits.detach().to(exact).log_softmax(dim=1).clamp(min=floor)
-    if target.is_floating_point():
-        return (logs * target).sum().float()
-    label = target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    found = logs.gather(1, label).squeeze(1)
-    return found.masked_fill(target == ignore_index, 0.0).sum().float()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from mmbal_fast.functional import _checks
-from mmbal_fast.training.means import MeanModulation, number_of
+from mmbal_fast.training.means import PastModulation
 from mmbal_fast.training.method import Setting
 from mmbal_fast.training.modulation import ModulationRecord
 from mmbal_fast.training.parameters import Parameters, Select, every
@@ -19,10 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-_EPSILON = 1e-8
 
-
-class MetricModulation(MeanModulation):
+class MetricModulation(PastModulation):
     """Slows down the modalities whose metric has gained most since the last step.
 
     For regression, segmentation and whatever else has a number for each modality, such as the
@@ -60,6 +57,10 @@ class MetricModulation(MeanModulation):
     rho = Setting(_checks.number)
     """Largest coefficient."""
 
+    _statistic = "accuracy"
+    _rule, _strength = "metric", "rho"
+    _remembers, _mean_of_steps = ("previous", "measured"), False
+
     def __init__(
         self,
         modalities: Mapping[str, Parameters] | nn.ModuleDict,
@@ -79,6 +80,7 @@ class MetricModulation(MeanModulation):
         metrics: Mapping[str, Tensor | float] | Tensor | None = None,
         ignore_index: int = -100,
         class_dim: int = 1,
+        multi_label: bool = False,
         grad_scaler: GradScaler | None = None,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         error_if_nonfinite: bool = False,
@@ -94,6 +96,7 @@ class MetricModulation(MeanModulation):
                 is taken.
             ignore_index: as for `observe`.
             class_dim: as for `observe`.
+            multi_label: as for `observe`; the metric is the share of labels on the right side of 0.
             grad_scaler: as for `GradientModulation.step`.
             optimizer: as for `GradientModulation.step`.
             error_if_nonfinite: as for `GradientModulation.step`.
@@ -114,32 +117,8 @@ class MetricModulation(MeanModulation):
             target,
             ignore_index=ignore_index,
             class_dim=class_dim,
+            multi_label=multi_label,
             grad_scaler=grad_scaler,
             optimizer=optimizer,
             error_if_nonfinite=error_if_nonfinite,
         )
-
-    def _totals_of(self, logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> Tensor:
-        soft = target.is_floating_point()
-        label = target.argmax(dim=1) if soft else target
-        hits = [each.argmax(dim=1) == label for each in logits]
-        right = torch.stack([each.sum(dtype=torch.float32) for each in hits])
-        return torch.cat([right, number_of(target, ignore_index)])
-
-    def _derive_from_means(self) -> None:
-        metrics, ratios, coefficients = self._rows
-        gains = metrics - self._memory["previous"]
-        total = gains.sum() + _EPSILON
-        torch.mul(gains / total, len(gains), out=ratios)
-        k = self._scalar("rho") * ((total - gains) / total).clamp(0.0, 1.0)
-        unknown = k.isnan() | (self._memory["measured"] == 0)
-        coefficients.copy_(torch.where(unknown, 1.0, k))
-
-    def _blank_memory(self) -> dict[str, Tensor]:
-        return {
-            "previous": torch.zeros(len(self.names), dtype=torch.float32, device="cpu"),
-            "measured": torch.zeros((), dtype=torch.int64, device="cpu"),
-        }
-
-    def _recall(self) -> dict[str, Tensor]:
-        return {"previous": self._rows[0], "measured": self._memory["measured"] + 1}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._observe import observe_
-from mmbal_fast.training.means import mean_of_others
 from mmbal_fast.training.method import Setting
-from mmbal_fast.training.modulation import GradientModulation
+from mmbal_fast.training.modulation import GradientModulation, Kernel
 from mmbal_fast.training.parameters import Parameters, Select, every
 
 if TYPE_CHECKING:
@@ -81,16 +78,5 @@ class MLB(GradientModulation):
         self.beta = beta
         super().__init__(modalities, select=select or every, process_group=process_group)
 
-    def _measure(
-        self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
-    ) -> None:
-        observe_(self._rows, logits, target, ignore_index, accumulate, 0.0, "none", self._status)
-
-    def _derive(self, *, summed: bool) -> None:
-        scores, ratios, coefficients = self._rows
-        others = mean_of_others(scores)
-        torch.div(scores, others, out=ratios)
-        behind = others / scores - 1
-        push = torch.tanh(self._scalar("alpha") * behind)
-        k = 1 + torch.where(behind > 0, push * (self._scalar("beta") - 1), push)
-        coefficients.copy_(torch.where(k.isnan(), 1.0, k))
+    def _kernel(self) -> Kernel:
+        return Kernel(alpha=self._scalar("alpha"), beta=self._scalar("beta"), rule="mlb")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mmbal_fast.functional import _checks, modulation_coefficients
-from mmbal_fast.functional._derive import derive_
-from mmbal_fast.functional._observe import observe_
 from mmbal_fast.reference import Rule
 from mmbal_fast.training import GradientModulation, Setting
+from mmbal_fast.training.modulation import Kernel
 from mmbal_fast.training.parameters import Parameters, Select
 
 if TYPE_CHECKING:
@@ -109,17 +108,11 @@ class OGMGE(GradientModulation):
         rule = self._rule
         return rule if isinstance(rule, str) else "none"
 
-    def _measure(
-        self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
-    ) -> None:
-        # In one kernel with ratios and coefficients.
-        alpha = self._scalar("alpha")
-        rule, status = self._named_rule, self._status
-        observe_(self._rows, logits, target, ignore_index, accumulate, alpha, rule, status)
+    def _kernel(self) -> Kernel:
+        return Kernel(alpha=self._scalar("alpha"), rule=self._named_rule)
 
     def _derive(self, *, summed: bool) -> None:
-        if summed:
-            derive_(self._rows, True, self._scalar("alpha"), self._named_rule)
+        super()._derive(summed=summed)
         if callable(rule := self._rule):
             self._rows[2] = modulation_coefficients(
                 self._rows[1], 0.0, rule=lambda ratios: _called(rule, ratios, self._rows[0])

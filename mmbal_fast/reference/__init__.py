@@ -12,22 +12,28 @@ from mmbal_fast.reference._noise import noise_like
 from mmbal_fast.reference._norms import accumulate_speeds_, squared_norms
 from mmbal_fast.reference._ogm import (
     Rule,
+    Statistic,
     contribution_scores,
     discrepancy_ratios,
     gradient_moments,
     modulate_,
     modulation_coefficients,
 )
+from mmbal_fast.reference._rules import agm_coefficients, metric_coefficients, mlb_coefficients
 
 __all__ = [
     "Rule",
+    "Statistic",
     "accumulate_speeds_",
+    "agm_coefficients",
     "blended_cross_entropy",
     "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
     "gradient_dots",
     "gradient_moments",
+    "metric_coefficients",
+    "mlb_coefficients",
     "modulate_",
     "modulation_coefficients",
     "noise_like",

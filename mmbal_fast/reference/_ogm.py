@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -21,23 +22,39 @@ RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
 """The published rules, for ratios above 1."""
 
 
+Statistic: TypeAlias = Literal["probability", "log_probability", "accuracy"]
+"""What a sample adds to a score."""
+
+LOG_FLOOR = math.log(1e-8)
+"""Least log-probability, as in the released code of AGM."""
+
+
 @torch.no_grad()
 def contribution_scores(
-    logits: Sequence[Tensor], target: Tensor, *, ignore_index: int = -100
+    logits: Sequence[Tensor],
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    multi_label: bool = False,
+    statistic: Statistic = "probability",
 ) -> Tensor:
     """Contribution of each modality: the summed softmax probability of the true class.
 
     ``S_m = sum_i softmax(logits_m[i])[y_i]``; for soft labels ``q``,
     ``S_m = sum_i sum_c q[i, c] softmax(logits_m[i])[c]``. Peng et al., "Balanced Multimodal
     Learning via On-the-fly Gradient Modulation" (CVPR 2022), section 3.2, the sums in the
-    definition of the discrepancy ratio.
+    definition of the discrepancy ratio. With ``multi_label``
+    ``S_m = sum_i mean_c (t[i, c] sigmoid(x[i, c]) + (1 - t[i, c]) sigmoid(-x[i, c]))``.
 
     Args:
         logits: M tensors ``[B, C]`` or ``[B, C, ...]``, floating point; one per modality.
         target: class indexes, integer, ``[B]`` or ``[B, ...]``; or soft labels, floating point, of
-            the shape of the logits.
+            the shape of the logits, or whether each class is true.
         ignore_index: samples with this label add nothing; default -100, as in
             ``torch.nn.functional.cross_entropy``. Not used for soft labels.
+        multi_label: whether ``target`` says of each class by itself if it is true.
+        statistic: what a sample adds: the probability of what is true, its logarithm from log 1e-8
+            on, or whether it is the likeliest, of equal ones the first.
 
     Returns:
         float32 ``[M]`` without autograd graph, 0 for an empty batch. Computed in float32, for
@@ -50,16 +67,44 @@ def contribution_scores(
         >>> reference.contribution_scores([confident, unsure], torch.tensor([0]))
         tensor([0.9999, 0.5000])
     """
-    return torch.stack([_score(each, target, ignore_index) for each in logits])
+    each_of = _multi_label_score if multi_label else _score
+    return torch.stack(
+        [each_of(each.to(_compute_dtype(each)), target, ignore_index, statistic) for each in logits]
+    )
 
 
-def _score(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    probability = logits.to(_compute_dtype(logits)).softmax(dim=1)
+def _score(x: Tensor, target: Tensor, ignore_index: int, statistic: Statistic) -> Tensor:
+    if statistic == "accuracy":
+        return _hits(x, target, ignore_index)
+    values = x.softmax(1)
+    if statistic == "log_probability":
+        values = x.log_softmax(1).clamp(min=LOG_FLOOR)
     if target.is_floating_point():
-        return (probability * target).sum().float()
+        return (values * target).sum().float()
     ignored = target == ignore_index
     label = target.long().masked_fill(ignored, 0).unsqueeze(1)
-    return probability.gather(1, label).squeeze(1).masked_fill(ignored, 0.0).sum().float()
+    return values.gather(1, label).squeeze(1).masked_fill(ignored, 0.0).sum().float()
+
+
+def _hits(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    label = target.argmax(1) if target.is_floating_point() else target
+    hit = (x.argmax(1) == label) & ~x.isnan().any(1)
+    if not target.is_floating_point():
+        hit &= target != ignore_index
+    return hit.sum(dtype=torch.float32)
+
+
+def _multi_label_score(
+    x: Tensor, target: Tensor, ignore_index: int, statistic: Statistic
+) -> Tensor:
+    if statistic == "accuracy":
+        right = ((x > 0) == (target > 0.5)) & ~x.isnan()
+        return right.to(x.dtype).mean(1).sum().float()
+    values, others = x.sigmoid(), (-x).sigmoid()
+    if statistic == "log_probability":
+        values, others = values.log().clamp(min=LOG_FLOOR), others.log().clamp(min=LOG_FLOOR)
+    truth = target.to(x.dtype)
+    return (truth * values + (1.0 - truth) * others).mean(1).sum().float()
 
 
 @torch.no_grad()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mmbal_fast.functional._observe import observe_
+from mmbal_fast.functional._derive import remember_
+from mmbal_fast.reference import Statistic
 from mmbal_fast.training.method import integer, tensor
-from mmbal_fast.training.modulation import GradientModulation
+from mmbal_fast.training.modulation import GradientModulation, Kernel
 
 
 class MeanModulation(GradientModulation):
@@ -20,28 +20,21 @@ class MeanModulation(GradientModulation):
     Ranks add sums and counts, so that shares of different size weigh what they should. A user's
     own scores, `observe` with ``scores=``, count as one sample.
 
-    A subclass says what is averaged, in `_totals_of`, and how means become ratios and
+    A subclass says what of a sample is averaged, in ``_statistic``, and how means become ratios and
     coefficients, in `_derive_from_means`. What it remembers of earlier steps are the tensors of
     `_blank_memory`, which follow the device and are part of the state; `_recall` renews them.
     """
 
+    _statistic: ClassVar[Statistic] = "probability"
     _totals: Tensor
     """float32 ``[M + 1]``: sums over the samples since the last step, and their number."""
     _memory: dict[str, Tensor]
 
     # ---- what a subclass says ------------------------------------------------------------------
 
-    def _totals_of(self, logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> Tensor:
-        """Sums of the batch's samples and their number, float32 ``[M + 1]``.
-
-        Here the softmax probability of the true class. Labels are checked; on CUDA one may be out
-        of range all the same, and must do no harm.
-        """
-        return torch.cat([self._rows[0], number_of(target, ignore_index)])
-
-    @abstractmethod
     def _derive_from_means(self) -> None:
         """Ratios and coefficients, rows 1 and 2, from the means in row 0: NaN without samples."""
+        raise NotImplementedError
 
     def _blank_memory(self) -> dict[str, Tensor]:
         """What is remembered before the first step, on the CPU: floating or int64 tensors."""
@@ -53,22 +46,16 @@ class MeanModulation(GradientModulation):
 
     # ---- how it is done ------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _measure(
-        self, logits: Sequence[Tensor], target: Tensor, *, ignore_index: int, accumulate: bool
-    ) -> None:
-        # Checks the labels, too.
-        observe_(self._rows, logits, target, ignore_index, False, 0.0, "none", self._status)
-        self._add_totals(self._totals_of(logits, target, ignore_index), accumulate)
+    def _kernel(self) -> Kernel:
+        return Kernel(totals=self._totals, statistic=self._statistic)
 
     def _add(self, scores: Tensor) -> None:
-        self._add_totals(torch.cat([scores.float(), scores.new_ones(1)]), self._pending_scores)
-
-    def _add_totals(self, totals: Tensor, accumulate: bool) -> None:
-        if accumulate:
+        totals = torch.cat([scores.float(), scores.new_ones(1, dtype=torch.float32)])
+        if self._pending_scores:
             self._totals += totals
         else:
             self._totals.copy_(totals)
+        self._derive(summed=True)
 
     def _shared(self) -> Tensor:
         return self._totals
@@ -111,12 +98,45 @@ class MeanModulation(GradientModulation):
         self._totals = torch.zeros(len(self.names) + 1, dtype=torch.float32, device=device)
 
 
-def number_of(target: Tensor, ignore_index: int) -> Tensor:
-    """How many samples have a label, float32 ``[1]``."""
-    if target.is_floating_point():  # soft labels [B, C, ...]
-        count = target.numel() // target.shape[1]
-        return torch.full((1,), float(count), dtype=torch.float32, device=target.device)
-    return (target != ignore_index).sum(dtype=torch.float32).reshape(1)
+class PastModulation(MeanModulation):
+    """A modulation by means that kernels compare with one number of each modality's past.
+
+    Scores, ratios and coefficients are one launch, the memory another.
+    """
+
+    _rule: ClassVar[str]
+    """What `functional._derive.derive_` calls the rule."""
+    _strength: ClassVar[str]
+    """The setting that is its ``alpha``."""
+    _remembers: ClassVar[tuple[str, str]]
+    """Names of the past and of its number of steps in the state."""
+    _mean_of_steps: ClassVar[bool]
+    """Whether the past is the mean of all steps, or the last one."""
+
+    def _kernel(self) -> Kernel:
+        past, steps = (self._memory[name] for name in self._remembers)
+        return Kernel(
+            totals=self._totals,
+            past=past,
+            steps=steps,
+            statistic=self._statistic,
+            alpha=self._scalar(self._strength),
+            rule=self._rule,
+        )
+
+    def _derive(self, *, summed: bool) -> None:
+        GradientModulation._derive(self, summed=summed)  # by the kernels
+
+    def _remember(self, counts: Tensor | None) -> None:
+        past, steps = (self._memory[name] for name in self._remembers)
+        remember_(past, steps, self._record.scores, self._totals, counts, self._mean_of_steps)
+
+    def _blank_memory(self) -> dict[str, Tensor]:
+        past, steps = self._remembers
+        return {
+            past: torch.zeros(len(self.names), dtype=torch.float32, device="cpu"),
+            steps: torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
 
 def mean_of_others(scores: Tensor) -> Tensor:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbal_fast.functional import _checks
+from mmbal_fast.functional._derive import derive_
 from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT
+from mmbal_fast.functional._observe import observe_
 from mmbal_fast.functional._operation import in_graph
+from mmbal_fast.reference import Statistic
 from mmbal_fast.training import ranks
 from mmbal_fast.training.amp import as_optimizers, found_inf, unscale_
 from mmbal_fast.training.gradients import Gradients
@@ -57,13 +59,35 @@ class ModulationRecord(Record):
     skips the optimizer's. False without one."""
 
 
+class Kernel(NamedTuple):
+    """What `functional._observe.observe_` is asked for, and by what `derive_` goes on from there.
+
+    Attributes:
+        totals: float32 ``[M + 1]``, sums and the number of samples, for scores that are means.
+        past: float32 ``[M]``, what a rule remembers.
+        steps: int64 ``[]``, of how many steps.
+        statistic: what a sample adds.
+        alpha: strength of the rule, or what it has in its place.
+        beta: second number of the rule.
+        rule: one that the kernels have, or "none".
+    """
+
+    totals: Tensor | None = None
+    past: Tensor | None = None
+    steps: Tensor | None = None
+    statistic: Statistic = "probability"
+    alpha: float | Tensor = 0.0
+    beta: float | Tensor = 1.0
+    rule: str = "none"
+
+
 class GradientModulation(Method):
     """Scales the gradients of each modality by a coefficient, after backward.
 
     ``g <- k_m g + noise * N(0, std(g))``, between ``loss.backward()`` and ``optimizer.step()``.
-    `observe` and `step` are the same for all of its kind. A subclass says how scores become
-    ratios and coefficients, in `_derive`, and what it remembers of a step, in `_remember`; if its
-    score is not the softmax probability of the true class, also `_measure`.
+    `observe` and `step` are the same for all of its kind. A subclass says what is measured and how
+    scores become ratios and coefficients: in `_kernel` by a rule that the kernels have, or in
+    `_derive` by operations of PyTorch; and what it remembers of a step, in `_remember`.
 
     Args:
         modalities: for each of the M >= 2 modalities its encoder: a module, parameters, or named
@@ -115,33 +139,25 @@ class GradientModulation(Method):
 
     # ---- what a subclass says ------------------------------------------------------------------
 
-    @abstractmethod
+    def _kernel(self) -> Kernel:
+        """What kernels make of a batch: scores, and ratios and coefficients by a rule they have.
+
+        Here sums of the softmax probability of the true class, and no coefficients.
+        """
+        return Kernel()
+
     def _derive(self, *, summed: bool) -> None:
         """Ratios and coefficients, rows 1 and 2 of ``self._rows``, from the scores in row 0.
 
         On the device, without a host read. Called once a step, before the gradients are written.
 
         Args:
-            summed: whether row 0 changed after `_measure`, as it holds the sum over ranks now.
+            summed: whether the scores changed after the kernel that measured them, as they are the
+                sum over ranks now or the user's own.
         """
-
-    def _measure(
-        self,
-        logits: Sequence[Tensor],
-        target: Tensor,
-        *,
-        ignore_index: int,
-        accumulate: bool,
-    ) -> None:
-        """Writes the scores of a batch to row 0 of ``self._rows``, or adds them.
-
-        Args:
-            logits: M checked tensors ``[B, C, ...]``, in the order of the names.
-            target: checked class indexes or soft labels.
-            ignore_index: label of samples that count for nothing.
-            accumulate: add to the scores that are there.
-        """
-        raise NotImplementedError
+        if summed:
+            totals, past, steps, _, alpha, beta, rule = self._kernel()
+            derive_(self._rows, totals, past, steps, True, alpha, beta, rule)
 
     def _remember(self, counts: Tensor | None) -> None:
         """Takes this step into the memory, if there is one.
@@ -160,6 +176,7 @@ class GradientModulation(Method):
         *,
         ignore_index: int = -100,
         class_dim: int = 1,
+        multi_label: bool = False,
         scores: Mapping[str, Tensor | float] | Tensor | None = None,
     ) -> None:
         """Adds a (micro-)batch to the scores of the next `step`.
@@ -174,8 +191,11 @@ class GradientModulation(Method):
             ignore_index: label of samples that count for nothing; default -100.
             class_dim: dimension of the classes in the logits; default 1, as in
                 ``torch.nn.functional.cross_entropy``. ``-1`` for token logits ``[B, T, C]``.
+            multi_label: whether each class is a label of its own, with a target of 0 and 1 in the
+                shape of the logits, see `functional.contribution_scores`; default False.
             scores: instead of logits and target, your own score of each modality, ``[M]`` or by
-                name, summed over the samples: higher is better, and not negative.
+                name: higher is better. Of several calls the sum counts for methods that compare
+                sums, such as `OGMGE`, whose scores must not be negative; else the mean.
 
         Raises:
             ValueError: missing or unknown modalities, shapes or devices that do not fit together;
@@ -200,14 +220,16 @@ class GradientModulation(Method):
                 )
             ordered = [logits[name] for name in self.names]
             ordered, target = classes_second(op, ordered, target, class_dim)
-            _checks.batch(op, ordered, target)
-            self._place(target.device)
-            self._measure(
-                ordered,
-                target,
-                ignore_index=ignore_index,
-                accumulate=self._pending_scores,
-            )
+            elsewhere = not isinstance(target, Tensor) or target.device != self._rows.device
+            if elsewhere or in_graph():  # else the kernels look first
+                _checks.batch(op, ordered, target, multi_label=multi_label)
+                self._place(target.device)
+            totals, past, steps, statistic, alpha, beta, rule = self._kernel()
+            observe_(
+                self._rows, totals, past, steps, ordered, target, multi_label, ignore_index,
+                self._pending_scores, statistic, alpha, beta, rule, self._status,
+                op=op,
+            )  # fmt: skip
         self._pending_scores = True
 
     def _add_scores(self, op: str, scores: Mapping[str, Tensor | float] | Tensor) -> None:
@@ -248,6 +270,7 @@ class GradientModulation(Method):
         *,
         ignore_index: int = -100,
         class_dim: int = 1,
+        multi_label: bool = False,
         grad_scaler: GradScaler | None = None,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         error_if_nonfinite: bool = False,
@@ -262,6 +285,7 @@ class GradientModulation(Method):
             target: as for `observe`.
             ignore_index: as for `observe`.
             class_dim: as for `observe`.
+            multi_label: as for `observe`.
             grad_scaler: scaler whose ``scale`` the loss went through. Its optimizers' gradients are
                 unscaled, unless ``grad_scaler.unscale_`` was called before, in the same pass over
                 memory where there is one optimizer. A step that the scaler is going to skip does
@@ -296,7 +320,7 @@ class GradientModulation(Method):
                 f"{op}: error_if_nonfinite must not be set with a grad_scaler, which skips such "
                 "steps (got both)"
             )
-        given = logits, target, ignore_index, class_dim
+        given = logits, target, ignore_index, class_dim, multi_label
         if in_graph():  # where gradients would stay switched off after an error
             return self._step(op, given, scaler, optimizers, error_if_nonfinite)
         with torch.set_grad_enabled(False):  # half the time of no_grad
@@ -305,15 +329,21 @@ class GradientModulation(Method):
     def _step(
         self,
         op: str,
-        given: tuple[Mapping[str, Tensor] | None, Tensor | None, int, int],
+        given: tuple[Mapping[str, Tensor] | None, Tensor | None, int, int, bool],
         scaler: GradScaler | None,
         optimizers: Sequence[Optimizer],
         error_if_nonfinite: bool,
     ) -> ModulationRecord:
         """`step` on checked arguments."""
-        logits, target, ignore_index, class_dim = given
+        logits, target, ignore_index, class_dim, multi_label = given
         if logits is not None:
-            self.observe(logits, target, ignore_index=ignore_index, class_dim=class_dim)
+            self.observe(
+                logits,
+                target,
+                ignore_index=ignore_index,
+                class_dim=class_dim,
+                multi_label=multi_label,
+            )
         if not self._pending_scores:
             raise RuntimeError(
                 f"{op}: needs scores, from observe() or from logits and target "

@@ -52,6 +52,12 @@ def hashes(device: torch.device, size: int) -> dict[str, str]:
         found[f"scores {name}"] = digest(
             contribution_scores([each.to(dtype) for each in logits], labels),
             contribution_scores([each.to(dtype) for each in logits], logits[0].softmax(1)),
+            contribution_scores(
+                [each.to(dtype) for each in logits], labels, statistic="log_probability"
+            ),
+            contribution_scores(
+                [each.to(dtype) for each in logits], logits[0].sigmoid(), multi_label=True
+            ),
         )
     return found
 

@@ -60,14 +60,25 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
         "status": torch.zeros(1, dtype=torch.int32, device=device),
         "advance": True,
     }
-    state = torch.ones(3, 2, device=device)
+    state, totals = torch.ones(3, 2, device=device), torch.ones(3, device=device)
+    past, steps = torch.zeros(2, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    nothing = None, None, None
     status = torch.zeros(1, dtype=torch.int32, device=device)
     rows = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64).to(device)
     return {
         "contribution_scores": [
-            ((logits, labels, -100), {}),
-            ((logits, logits[0], -100), {}),
-            (([each.clone().requires_grad_() for each in logits], labels, -100), {}),
+            ((logits, labels, False, -100, "probability"), {}),
+            ((logits, logits[0].sigmoid(), True, -100, "accuracy"), {}),
+            (
+                (
+                    [each.clone().requires_grad_() for each in logits],
+                    labels,
+                    False,
+                    -100,
+                    "log_probability",
+                ),
+                {},
+            ),
         ],
         "discrepancy_ratios": [((torch.rand(3, generator=generator).to(device),), {})],
         "modulation_coefficients": [
@@ -75,10 +86,36 @@ def arguments(device: torch.device) -> dict[str, list[tuple[tuple[Any, ...], dic
             for rule in ("cvpr2022", "cvpr2022_excess", "tpami2024")
         ],
         "observe_": [
-            ((state, logits, labels, -100, accumulate, setting, "cvpr2022", each), {})
-            for accumulate, each in ((False, None), (True, status))
+            (
+                (
+                    state,
+                    *memory,
+                    logits,
+                    labels,
+                    False,
+                    -100,
+                    accumulate,
+                    statistic,
+                    setting,
+                    setting,
+                    rule,
+                    each,
+                ),
+                {},
+            )
+            for accumulate, memory, statistic, rule, each in (
+                (False, nothing, "probability", "cvpr2022", None),
+                (True, (totals, past, steps), "log_probability", "agm", status),
+            )
         ],
-        "derive_": [((state, ratios, setting, "tpami2024"), {}) for ratios in (False, True)],
+        "derive_": [
+            ((state, *nothing, False, setting, setting, "tpami2024"), {}),
+            ((state, totals, past, steps, True, setting, setting, "metric"), {}),
+        ],
+        "remember_": [
+            ((past, steps, state[0], totals, counts, mean), {})
+            for counts, mean in ((None, True), (torch.tensor(True, device=device), False))
+        ],
         "gradient_moments": [((grads,), {})],
         "accumulate_speeds_": [
             (
@@ -207,9 +244,11 @@ def test_settings_that_change_do_not_compile_again(backend: Backend) -> None:
 
     def step(grads: list[Tensor], alpha: Any, noise: Any) -> tuple[Tensor, ...]:
         state = torch.zeros(3, 2, dtype=torch.float32, device=backend.device)
-        observe_(state, logits, target, -100, False, alpha, "cvpr2022", None)
+        nothing = None, None, None
+        batch = logits, target, False, -100, False, "probability"
+        observe_(state, *nothing, *batch, alpha, 1.0, "cvpr2022", None)
         observed = state[2].clone()
-        derive_(state, True, alpha, "tpami2024")
+        derive_(state, *nothing, True, alpha, 1.0, "tpami2024")
         k = functional.modulation_coefficients(state[1], alpha)
         functional.modulate_(grads, k, [0, 1], noise=noise, step=3)
         return observed, state[2].clone(), k, *grads

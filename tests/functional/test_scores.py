@@ -52,6 +52,40 @@ def soft_score(logits: Tensor, target: Tensor) -> float:
     )
 
 
+def multi_label_score(logits: Tensor, target: Tensor, statistic: str) -> float:
+    def of(x: float, t: float) -> float:
+        if statistic == "accuracy":
+            return float((x > 0) == (t > 0.5))
+        both = [1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))]
+        if statistic == "log_probability":
+            both = [max(math.log(each), math.log(1e-8)) for each in both]
+        return t * both[0] + (1 - t) * both[1]
+
+    return math.fsum(
+        statistics.fmean(of(x, t) for x, t in zip(row, labels, strict=True))
+        for row, labels in zip(rows(logits), rows(target), strict=True)
+    )
+
+
+def other_score(logits: Tensor, target: Tensor, statistic: str) -> float:
+    """Sums of floored log-probabilities, or of hits; of class indexes or soft labels."""
+    total = []
+    soft = target.is_floating_point()
+    labels = rows(target) if soft else target.flatten().tolist()
+    for row, label in zip(rows(logits), labels, strict=True):
+        if label == -100:
+            continue
+        weights = label if soft else [float(c == label) for c in range(len(row))]
+        if statistic == "accuracy":
+            total.append(float(row.index(max(row)) == weights.index(max(weights))))
+        else:
+            top = max(row)
+            log_sum = top + math.log(math.fsum(math.exp(x - top) for x in row))
+            logs = [max(x - log_sum, math.log(1e-8)) for x in row]
+            total += [q * each for q, each in zip(weights, logs, strict=True) if q]
+    return math.fsum(total)
+
+
 # --- scores
 
 
@@ -307,3 +341,110 @@ def test_tokens_with_as_many_positions_as_classes(backend: Backend) -> None:
     assert not torch.equal(scores, contribution_scores(logits, soft.transpose(1, 2)))
     with pytest.raises(ValueError, match=r"class_dim must be a dimension of .* \(got 3 for shape"):
         contribution_scores(logits, target, class_dim=3)
+
+
+# --- other statistics, labels of each class
+
+
+@pytest.mark.parametrize("classes", [2, 15, 16, 17, 40, 1500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(backend: Backend, classes: int, dtype: torch.dtype) -> None:
+    logits = [(9 * torch.randn(7, classes)).to(backend.device, dtype) for _ in range(2)]
+    logits[1][3] = 0  # all alike: the first counts
+    hard = torch.randint(classes, (7,), device=backend.device)
+    hard[0], hard[3], hard[5] = -100, 0, logits[0][5].argmax()
+    soft = torch.randn(7, classes).softmax(1).to(backend.device, dtype)
+    soft[2] = nn.functional.one_hot(logits[0][2].argmax(), classes)
+    for target in (hard, soft):
+        for statistic in ("log_probability", "accuracy"):
+            found = contribution_scores(logits, target, statistic=statistic)  # type: ignore[arg-type]
+            expected = [other_score(each, target, statistic) for each in logits]
+            assert found.tolist() == pytest.approx(expected, rel=3e-6), statistic
+            assert statistic == "log_probability" or max(expected) > 0
+
+
+@pytest.mark.parametrize("classes", [1, 2, 16, 33, 1100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_labels_of_each_class(backend: Backend, classes: int, dtype: torch.dtype) -> None:
+    logits = [(9 * torch.randn(6, classes)).to(backend.device, dtype) for _ in range(3)]
+    logits[0][0, 0] = -300.0
+    target = (torch.rand(6, classes) > 0.6).to(backend.device, dtype)
+    target[0, 0] = 1
+    for statistic in ("probability", "log_probability", "accuracy"):
+        found = contribution_scores(logits, target, multi_label=True, statistic=statistic)  # type: ignore[arg-type]
+        expected = [multi_label_score(each, target, statistic) for each in logits]
+        assert found.tolist() == pytest.approx(expected, rel=3e-6), statistic
+
+
+def test_a_single_logit_and_two_classes_say_the_same(backend: Backend) -> None:
+    x = torch.randn(9, 1, device=backend.device)
+    label = (torch.rand(9, 1, device=backend.device) > 0.5).float()
+    two = torch.cat([torch.zeros_like(x), x], dim=1)
+    expected = contribution_scores([two, -two], label.flatten().long())
+    found = contribution_scores([x, -x], label, multi_label=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_labels_of_each_class_of_tokens(backend: Backend) -> None:
+    logits = [torch.randn(2, 5, 3, device=backend.device) for _ in range(2)]
+    target = (torch.rand(2, 5, 3, device=backend.device) > 0.5).float()
+    found = contribution_scores(logits, target, class_dim=-1, multi_label=True)
+    flat = [each.flatten(0, 1) for each in logits]
+    assert torch.equal(found, contribution_scores(flat, target.flatten(0, 1), multi_label=True))
+
+
+def test_zeros_and_ones_are_not_guessed_to_be_labels_of_each_class(backend: Backend) -> None:
+    logits = [torch.randn(3, 4, device=backend.device)] * 2
+    target = torch.eye(4, device=backend.device)[:3]  # may be either
+    found = contribution_scores(logits, target)
+    assert not torch.allclose(found, contribution_scores(logits, target, multi_label=True))
+
+
+@pytest.mark.parametrize("statistic", ["probability", "log_probability", "accuracy"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_nan_is_no_hit_and_no_number(backend: Backend, statistic: Any, multi_label: bool) -> None:
+    logits = torch.zeros(2, 20, device=backend.device)
+    logits[0, 19] = NAN
+    logits[1, 19] = 1.0
+    target = torch.full((2,), 19, device=backend.device)
+    given = nn.functional.one_hot(target, 20).float() if multi_label else target
+    found = contribution_scores(
+        [logits, logits[1:].expand(2, 20)], given, multi_label=multi_label, statistic=statistic
+    )
+    if statistic != "accuracy":
+        assert found.isnan().tolist() == [True, False]
+    else:
+        # Of twenty labels each, 0 counts as false.
+        assert found.tolist() == pytest.approx([1 + 0.95, 2.0] if multi_label else [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.tensor([[0, 1]]), TypeError, "target must be floating point, 0 or 1 for each label"),
+        (torch.tensor([[0.0, 1.5]]), ValueError, "target must be from 0 to 1 for each label"),
+        (torch.tensor([[0.0, NAN]]), ValueError, "target must be from 0 to 1 for each label"),
+        (torch.tensor([1.0]), ValueError, r"target must have shape \[1, 2\]"),
+    ],
+)
+def test_bad_labels_of_each_class(
+    backend: Backend, target: Tensor, error: type[Exception], message: str
+) -> None:
+    logits = [torch.zeros(1, 2, device=backend.device)] * 2
+    if target.isnan().any() and backend.device.type != "cpu":
+        pytest.skip("not read there")
+    with pytest.raises(error, match=rf"^contribution_scores: {message}.*\(got"):
+        contribution_scores(logits, target.to(backend.device), multi_label=True)
+    with pytest.raises(ValueError, match="must be of at least two classes; for a single logit"):
+        contribution_scores([logits[0][:, :1]], torch.zeros(1).long().to(backend.device))
+    with pytest.raises(ValueError, match=r"statistic must be one of probability, .*got 'mean'"):
+        contribution_scores(logits, torch.zeros(1).long(), statistic="mean")  # type: ignore[arg-type]
+
+
+def test_the_end_of_the_memory_is_not_passed(native: Backend) -> None:
+    """The last rows of a matrix, in memory that ends there; under sanitizers this would show."""
+    for batch, classes in ((1, 3), (2, 17), (5, 31), (3, 310)):
+        logits = [torch.randn(batch, classes).to(native.device) for _ in range(2)]
+        target = torch.full((batch,), classes - 1, device=native.device)
+        expected = [hard_score(each, target) for each in logits]
+        assert contribution_scores(logits, target).tolist() == pytest.approx(expected, rel=2e-6)

@@ -164,7 +164,7 @@ def test_agrees_with_the_published_step_over_twenty_steps() -> None:
 class Fixed(mmbal_fast.AGM):
     """With coefficients that no scores of two modalities give."""
 
-    def _derive_from_means(self) -> None:
+    def _derive(self, *, summed: bool) -> None:
         self._rows[2] = torch.tensor([0.5, 2.0])
 
 

@@ -1,16 +1,26 @@
 // What one thread does to one row of logits.
 #pragma once
 
-#include "math/dtype.h"
+#include "operations/scores.h"
 
 namespace mmbal {
 
-struct ScoreKernels {
-  // Softmax of the row at `label`.
-  double (*hard[kDTypes])(const void* row, int64_t classes, int64_t label);
+// Logits or soft labels of one sample, in a matrix that goes on behind them.
+struct Row {
+  const void* data;
+  int64_t classes;
+  int64_t readable;  // elements from here to the end of the matrix
+};
 
-  // Its mean under the soft labels in `weights`, of the row's type.
-  double (*soft[kDTypes])(const void* row, int64_t classes, const void* weights);
+struct ScoreKernels {
+  // The statistic of the row's softmax at `label`.
+  double (*hard[kDTypes])(const Row& row, int64_t label, Statistic statistic);
+
+  // Its mean under the soft labels, of the row's type.
+  double (*soft[kDTypes])(const Row& row, const void* labels, Statistic statistic);
+
+  // The same of labels that are each of one class: the mean over the classes.
+  double (*multi[kDTypes])(const Row& row, const void* labels, Statistic statistic);
 };
 
 }  // namespace mmbal
