@@ -42,6 +42,8 @@ template <class Device> void remember(const struct Memory&, const Device&);
 template <class Device> void cross_entropy(const struct CrossEntropy&, const Device&);
 template <class Device> void cross_entropy_backward(const struct CrossEntropyBackward&, const Device&);
 template <class Device> void accumulate_speeds(const struct Speeds&, const Device&);
+template <class Device> void drop_features(const struct DropFeatures&, const Device&);
+template <class Device> void drop_features_backward(const struct DropFeaturesBackward&, const Device&);
 template <class Device> void gradient_dots(const struct GradientDots&, const Device&);
 // clang-format on
 

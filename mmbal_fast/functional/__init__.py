@@ -6,6 +6,7 @@ from mmbal_fast.functional._blended_cross_entropy import blended_cross_entropy
 from mmbal_fast.functional._blending_weights import blending_weights
 from mmbal_fast.functional._contribution_scores import contribution_scores
 from mmbal_fast.functional._discrepancy_ratios import discrepancy_ratios
+from mmbal_fast.functional._drop_features import drop_features
 from mmbal_fast.functional._gradient_dots import gradient_dots
 from mmbal_fast.functional._gradient_moments import gradient_moments
 from mmbal_fast.functional._modulate import modulate_
@@ -21,6 +22,7 @@ __all__ = [
     "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
+    "drop_features",
     "gradient_dots",
     "gradient_moments",
     "modulate_",

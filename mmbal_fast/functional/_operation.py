@@ -89,10 +89,11 @@ class Operation(Generic[Result]):
         if torch._C._functorch.maybe_current_level() is not None:
             return self._in_transform(arguments)
         if self._backward is not None:
-            result: Result = _Differentiable.apply(  # type: ignore[no-untyped-call]
-                self, arguments[1:], *arguments[0]
+            nesting = _Nesting()
+            output = _Differentiable.apply(  # type: ignore[no-untyped-call]
+                self, nesting, arguments[1:], *arguments[0]
             )
-            return result
+            return nesting.restored(output)  # type: ignore[no-any-return]
         if self._written:
             self._check_mode(arguments)
         if torch.is_grad_enabled():  # switching takes 2 us
@@ -199,22 +200,46 @@ def _for_schema(type_: str, value: Any, detached: bool) -> Any:
     return [each.detach() for each in value] if type_ == "Tensor[]" else value
 
 
+class _Nesting:
+    """A list at the head of results, which autograd does not look into."""
+
+    def __init__(self) -> None:
+        self._length = -1
+
+    def flat(self, output: Any) -> Any:
+        """The results one by one."""
+        if isinstance(output, tuple) and isinstance(output[0], list):
+            self._length = len(output[0])
+            return (*output[0], *output[1:])
+        return output
+
+    def restored(self, values: Any) -> Any:
+        """The results, or their gradients, as the operation has them."""
+        if self._length < 0:
+            return values
+        return [*values[: self._length]], *values[self._length :]
+
+
 class _Differentiable(torch.autograd.Function):
     """An eager call of an operation that has a backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, operation: Operation[Any], others: tuple[Any, ...], *tensors: Tensor
+        ctx: Any,
+        operation: Operation[Any],
+        nesting: _Nesting,
+        others: tuple[Any, ...],
+        *tensors: Tensor,
     ) -> Any:
         output = operation.run(tensors, *others)
         operation._set_up(ctx, (tensors, *others), output)
-        ctx.operation = operation
-        return output
+        ctx.operation, ctx.nesting = operation, nesting
+        return nesting.flat(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         operation = ctx.operation
-        arguments = operation._saved(ctx, *grads)
+        arguments = operation._saved(ctx, *ctx.nesting.restored(grads))
         if torch.is_grad_enabled():  # create_graph=True: PyTorch differentiates the reference
-            return None, None, *operation._backward._reference(*arguments)
-        return None, None, *operation._backward.run(*arguments)
+            return None, None, None, *operation._backward._reference(*arguments)
+        return None, None, None, *operation._backward.run(*arguments)

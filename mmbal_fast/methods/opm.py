@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmbal_fast import functional
 from mmbal_fast.functional import _checks
+from mmbal_fast.functional._derive import derive_
+from mmbal_fast.functional._drop_features import drop, probability
+from mmbal_fast.functional._logits import classes_second
+from mmbal_fast.functional._observe import observe_
+from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.training import FeatureMethod, Record, Setting
 from mmbal_fast.training.method import tensor
 
@@ -48,11 +52,8 @@ class Dropped(NamedTuple):
     weight: Tensor
 
 
-def _probability(op: str, name: str, value: Any) -> float:
-    number = _checks.number(op, name, value)
-    if number > 1:
-        raise ValueError(f"{op}: {name} must be from 0 to 1 (got {value})")
-    return number
+def _probability(op: str, name: str, value: float) -> float:
+    return float(probability(op, name, _checks.number(op, name, value)))
 
 
 class OPM(FeatureMethod):
@@ -76,9 +77,9 @@ class OPM(FeatureMethod):
 
     Call `observe` with each modality's own logits, and the object with the features in front of the
     fusion: in a step with the logits of this step, if they do not need the fusion, else with those
-    of the step before. In training only. Costs one kernel for the scores, M draws of ``[B]``, and
-    the multiplication of the features, forward and backward; no host read. On many ranks one
-    all-reduce of M float32 a step.
+    of the step before. In training only. Costs one kernel for the scores, one for the features,
+    which reads and writes them once, and one for their gradients; no host read. On many ranks one
+    all-reduce of M float32 and a kernel more a step.
 
     Args:
         names: of the M >= 2 modalities.
@@ -126,11 +127,18 @@ class OPM(FeatureMethod):
     ) -> None:
         super().__init__(names, seed=seed, process_group=process_group)
         self.base, self.strength, self.apply = base, strength, apply
-        self._ratios = torch.ones(len(self.names), dtype=torch.float32, device="cpu")
+        # Scores, ratios and what is not used here, as of a modulation.
+        self._rows = torch.ones(3, len(self.names), dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def observe(
-        self, logits: Mapping[str, Tensor], target: Tensor, *, ignore_index: int = -100
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        class_dim: int = 1,
+        multi_label: bool = False,
     ) -> None:
         """Takes the scores of a batch for the calls that follow. A collective call on many ranks.
 
@@ -138,6 +146,8 @@ class OPM(FeatureMethod):
             logits: for each modality its own logits ``[B, C]`` or ``[B, C, ...]``. Detached.
             target: as for `functional.contribution_scores`.
             ignore_index: label of samples that count for nothing; default -100.
+            class_dim: as for `functional.contribution_scores`.
+            multi_label: as for `functional.contribution_scores`.
 
         Raises:
             ValueError: other names, or as `functional.contribution_scores` does.
@@ -151,12 +161,19 @@ class OPM(FeatureMethod):
                 f"{op}: logits must be given for {list(self.names)} (got {list(logits)})"
             )
         ordered = [logits[name] for name in self.names]
-        scores = functional.contribution_scores(ordered, target, ignore_index=ignore_index)
+        ordered, target = classes_second(op, ordered, target, class_dim)
+        if not isinstance(target, Tensor) or target.device != self._rows.device or in_graph():
+            _checks.batch(op, ordered, target, multi_label=multi_label)
+            self._place(target.device)
+        observe_(
+            self._rows, None, None, None, ordered, target, multi_label, ignore_index, False,
+            "probability", 0.0, 1.0, "none", None,
+            op=op,
+        )  # fmt: skip
         self._join()
         if self._group is not None:
-            dist.all_reduce(scores, group=self._group)
-        # Undefined where nobody scores: then nobody dominates.
-        self._ratios = functional.discrepancy_ratios(scores).nan_to_num(nan=1.0)
+            dist.all_reduce(self._rows[0], group=self._group)
+            derive_(self._rows, None, None, None, True, 0.0, 1.0, "none")
 
     def __call__(self, features: Mapping[str, Tensor]) -> Dropped:  # type: ignore[override]
         """The features to fuse in this step. Call it in training only, once for each step.
@@ -171,47 +188,43 @@ class OPM(FeatureMethod):
         ordered = self._features(type(self).__name__, features)
         self._join()
         first = ordered[0]
-        count, device = first.shape[0], first.device
-        self._ratios = ratios = self._ratios.to(device)
-        q = torch.zeros_like(ratios)
-        kept = torch.ones(len(ordered), count, dtype=torch.bool, device=device)
-        if self.enabled:
-            excess = self.base * (1.0 + self.strength * torch.tanh(ratios - 1.0))
-            q = torch.where(ratios > 1.0, excess, 0.0).clamp(0.0, 1.0)
-            # One draw for the batch, the same on all ranks, and one for each sample and modality.
-            q = q * (self._uniform(1, device, 0) < self.apply)
-            rank = 0 if self._group is None else dist.get_rank(self._group)
-            for m in range(len(ordered)):
-                stream = 1 + m + rank * len(ordered)
-                kept[m] = self._uniform(count, device, stream) >= q[m]
-            self._advance()
-        widths = torch.tensor(
-            [each[0].numel() if count else 1 for each in ordered],
-            dtype=torch.float32,
-            device=device,
+        self._place(first.device)
+        ratios = self._rows[1]
+        if not self.enabled:
+            self.last = OPMRecord(ratios, torch.zeros_like(ratios))
+            weight = first.new_ones(first.shape[0])
+            return Dropped(dict(zip(self.names, ordered, strict=True)), weight)
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        compiled = in_graph()
+        results, weight, q, _ = drop(
+            ordered,
+            ratios,
+            self._scalar("base"),
+            self._scalar("strength"),
+            self._scalar("apply"),
+            self.seed,
+            self._counter,
+            1 + rank * len(ordered),
+            advance=not compiled,
         )
-        theta = (widths * q).sum() / widths.sum()
-        factor = kept / (1.0 - theta)
+        if compiled:
+            self._advance()
         self.last = OPMRecord(ratios, q)
-        dropped = {
-            name: each * factor[m].to(each.dtype).reshape(count, *(1,) * (each.ndim - 1))
-            for m, (name, each) in enumerate(zip(self.names, ordered, strict=True))
-        }
-        return Dropped(dropped, kept.any(dim=0).to(first.dtype))
+        return Dropped(dict(zip(self.names, results, strict=True)), weight)
 
-    def _uniform(self, count: int, device: torch.device, stream: int) -> Tensor:
-        """float32 ``[count]`` in [0, 1], a function of seed, step and stream alone."""
-        like = torch.empty(count, dtype=torch.float32, device=device)
-        normal = functional.noise_like(like, seed=self.seed, step=self._counter, tensor_id=stream)
-        uniform: Tensor = torch.special.ndtr(normal)
-        return uniform
+    def _place(self, device: torch.device) -> None:
+        """Has the scores where the logits and features are."""
+        if self._rows.device != device:
+            with torch.inference_mode(False):
+                self._rows = self._rows.to(device)
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"ratios": self._ratios.clone()}
+        # Undefined where nobody scores: then nobody dominates.
+        return super()._state() | {"ratios": self._rows[1].nan_to_num(nan=1.0)}
 
     def _load(self, op: str, state: Mapping[str, Any]) -> None:
-        ratios = tensor(op, "ratios", state["ratios"], self._ratios)
+        ratios = tensor(op, "ratios", state["ratios"], self._rows[1])
         if bool((ratios < 0).any()):
             raise ValueError(f"{op}: ratios must not be negative (got {ratios.tolist()})")
         super()._load(op, state)
-        self._ratios = ratios
+        self._rows[1] = ratios

@@ -7,6 +7,7 @@ from mmbal_fast.reference._blending import (
     blending_weights,
     overfitting_to_generalization_ratio,
 )
+from mmbal_fast.reference._dropping import drop_features
 from mmbal_fast.reference._gradient_dots import gradient_dots
 from mmbal_fast.reference._noise import noise_like
 from mmbal_fast.reference._norms import accumulate_speeds_, squared_norms
@@ -30,6 +31,7 @@ __all__ = [
     "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
+    "drop_features",
     "gradient_dots",
     "gradient_moments",
     "metric_coefficients",

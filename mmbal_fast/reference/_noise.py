@@ -40,6 +40,33 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
+def uniform_words(
+    start: int,
+    count: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    tensor_id: int,
+    device: torch.device,
+) -> Tensor:
+    """Random 32-bit words of the elements ``start`` to ``start + count - 1`` of one tensor.
+
+    Args:
+        start: global index of the first element, 64-bit.
+        count: number of elements.
+        seed: 64-bit seed.
+        step: step number (its low 32 bits count), an int or an integer tensor of one element.
+        tensor_id: 32-bit id of the tensor.
+        device: where the result lives.
+
+    Returns:
+        int64 ``[count]``, values 0 to 2^32 - 1.
+    """
+    first = start >> 2
+    words = _blocks(first, (start + count + 3) >> 2, seed, step, tensor_id, device)
+    return words.flatten()[start - 4 * first :][:count]
+
+
 def normals(
     start: int,
     count: int,
@@ -52,35 +79,40 @@ def normals(
     """Standard normals of the elements ``start`` to ``start + count - 1`` of one tensor.
 
     Args:
-        start: global index of the first element, 64-bit.
-        count: number of elements.
-        seed: 64-bit seed.
-        step: step number (its low 32 bits count), an int or an integer tensor of one element.
-        tensor_id: 32-bit id of the tensor.
-        device: where the result lives.
+        start: as for `uniform_words`.
+        count: as for `uniform_words`.
+        seed: as for `uniform_words`.
+        step: as for `uniform_words`.
+        tensor_id: as for `uniform_words`.
+        device: as for `uniform_words`.
 
     Returns:
         float32 ``[count]``.
     """
     first = start >> 2
-    block = torch.arange(((start + count + 3) >> 2) - first, device=device) + first
-    stream = torch.full_like(block, tensor_id & _MASK)
-    if isinstance(step, Tensor):
-        now = step.to(device=device, dtype=torch.int64) & _MASK
-    else:
-        now = torch.full_like(block, step & _MASK)
-    words = torch.stack(
-        philox4x32(
-            (block & _MASK, (block >> 32) & _MASK, stream, now),
-            key=(seed & _MASK, (seed >> 32) & _MASK),
-        ),
-        dim=1,
-    )
+    words = _blocks(first, (start + count + 3) >> 2, seed, step, tensor_id, device)
     unit = (words.double() + 0.5) * 2.0**-32
     radius = (-2.0 * unit[:, 0::2].log()).sqrt()
     theta = 2.0 * math.pi * unit[:, 1::2]
     lanes = torch.stack([radius * theta.cos(), radius * theta.sin()], dim=2)
     return lanes.flatten()[start - 4 * first :][:count].float()
+
+
+def _blocks(
+    first: int, end: int, seed: int, step: int | Tensor, tensor_id: int, device: torch.device
+) -> Tensor:
+    """Four words of each block, int64 ``[end - first, 4]``."""
+    block = torch.arange(end - first, device=device) + first
+    stream = torch.full_like(block, tensor_id & _MASK)
+    if isinstance(step, Tensor):
+        now = step.to(device=device, dtype=torch.int64) & _MASK
+    else:
+        now = torch.full_like(block, step & _MASK)
+    words = philox4x32(
+        (block & _MASK, (block >> 32) & _MASK, stream, now),
+        key=(seed & _MASK, (seed >> 32) & _MASK),
+    )
+    return torch.stack(words, dim=1)
 
 
 def is_dense(tensor: Tensor) -> bool:

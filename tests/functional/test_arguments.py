@@ -72,14 +72,27 @@ def scores(on: torch.device) -> Arguments:
     return {
         "logits": [torch.randn(4, 3, device=on) for _ in range(2)],
         "target": torch.tensor([0, 1, 2, 1], device=on),
+        "multi_label": False,
         "ignore_index": -100,
+        "statistic": 0,
         "state": torch.zeros(3, 2, device=on),
         "accumulate": False,
+        **remembered(on),
         "alpha": 0.5,
-        "rule": 1,
+        "beta": 1.0,
+        "rule": 4,
         "status": torch.zeros(1, dtype=torch.int32, device=on),
         "threads": 1,
         "workspace": workspace,
+        "as_they_are": False,
+    }
+
+
+def remembered(on: torch.device) -> Arguments:
+    return {
+        "totals": torch.ones(3, device=on),
+        "past": torch.zeros(2, device=on),
+        "steps": torch.zeros((), dtype=torch.int64, device=on),
     }
 
 
@@ -88,7 +101,13 @@ def soft_scores(on: torch.device) -> Arguments:
 
 
 def derive(on: torch.device) -> Arguments:
-    return {"state": torch.ones(3, 2, device=on), "ratios": True, "alpha": 0.5, "rule": 1}
+    numbers = {"ratios": True, "alpha": 0.5, "beta": 1.0, "rule": 4}
+    return {"state": torch.ones(3, 2, device=on), **remembered(on), **numbers}
+
+
+def remember(on: torch.device) -> Arguments:
+    counts = torch.ones((), dtype=torch.bool, device=on)
+    return remembered(on) | {"scores": torch.ones(2, device=on), "counts": counts, "mean": True}
 
 
 def cross_entropy(on: torch.device) -> Arguments:
@@ -129,6 +148,32 @@ def speeds(on: torch.device) -> Arguments:
     }
 
 
+def drop_features(on: torch.device) -> Arguments:
+    return {
+        "features": [torch.randn(4, 3, device=on), torch.randn(4, 2, device=on)],
+        "results": [torch.zeros(4, 3, device=on), torch.zeros(4, 2, device=on)],
+        "ratios": torch.tensor([2.0, 0.5], device=on),
+        "base": 0.5,
+        "strength": 0.5,
+        "apply": 1.0,
+        "seed": 1,
+        "step": torch.ones(1, dtype=torch.int64, device=on),
+        "stream": 1,
+        "probabilities": torch.zeros(2, device=on),
+        "factors": torch.zeros(2, 4, device=on),
+        "weight": torch.zeros(4, device=on),
+        "advance": True,
+        "threads": 1,
+        "workspace": workspace,
+    }
+
+
+def drop_features_backward(on: torch.device) -> Arguments:
+    given = drop_features(on)
+    kept = {name: given[name] for name in ("results", "factors", "threads")}
+    return {"grads": given["features"], **kept}
+
+
 OPERATIONS: dict[str, tuple[str, Callable[[torch.device], Arguments]]] = {
     "moments": ("moments", moments),
     "modulate_": ("modulate_", modulate),
@@ -136,14 +181,17 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.device], Arguments]]] = {
     "scores_": ("scores_", scores),
     "scores_, soft": ("scores_", soft_scores),
     "derive_": ("derive_", derive),
+    "remember_": ("remember_", remember),
     "cross_entropy": ("cross_entropy", cross_entropy),
     "cross_entropy, soft": ("cross_entropy", soft_cross_entropy),
     "cross_entropy_backward": ("cross_entropy_backward", cross_entropy_backward),
     "accumulate_speeds_": ("accumulate_speeds_", speeds),
+    "drop_features": ("drop_features", drop_features),
+    "drop_features_backward": ("drop_features_backward", drop_features_backward),
 }
 # Their sizes are their own: whatever comes is measured, modulated or filled.
 ANY_SHAPE = {("moments", "grads"), ("modulate_", "grads"), ("noise_", "out")}
-AS_GOOD = {("modulate_", "coefficients", "one longer"), ("derive_", "state", "shorter in 1")}
+AS_GOOD = {("modulate_", "coefficients", "one longer")}
 
 
 def unlike(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -217,8 +265,9 @@ def test_every_argument(native: Backend, name: str) -> None:
     [
         ("logits", [], "contribution_scores: logits must hold at least one tensor (got none)"),
         ("target", (torch.ones(4, 3),), "target must be soft labels for each of the logits (got 1"),
-        ("rule", 4, "rule must be a number from 0 to 3 (got 4)"),
-        ("rule", -1, "rule must be a number from 0 to 3 (got -1)"),
+        ("rule", 7, "rule must be a number from 0 to 6 (got 7)"),
+        ("rule", -1, "rule must be a number from 0 to 6 (got -1)"),
+        ("statistic", 3, "statistic must be a number from 0 to 2 (got 3)"),
     ],
 )
 def test_scores(native: Backend, argument: str, value: Any, message: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmbal_fast import functional, reference
 from mmbal_fast.functional._accumulate_speeds import accumulate_speeds_
-from mmbal_fast.functional._derive import derive_
+from mmbal_fast.functional._derive import derive_, remember_
 from mmbal_fast.functional._observe import observe_
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def calls(device: torch.device) -> dict[str, Call]:
     logits, target = [random(4, 3), random(4, 3)], torch.tensor([0, 1, 2, -100], device=device)
     soft, weights = random(4, 3).softmax(1), torch.tensor([0.5, 0.3], dtype=torch.float64)
     grads = [random(5), None, random(6, 8)[:, ::2], random(70).double(), random(9).bfloat16()]
+    features = [random(6, 3), random(6, 8)[:, ::2].double()]
     k, ratios = torch.tensor([0.5, 1.0], device=device), torch.tensor([2.0, 0.5], device=device)
     weights = weights.to(device)
 
@@ -46,8 +47,13 @@ def calls(device: torch.device) -> dict[str, Call]:
         "contribution_scores": lambda ops: [
             ops.contribution_scores(logits, target),
             ops.contribution_scores(logits, soft),
+            ops.contribution_scores(logits, soft, multi_label=True, statistic="log_probability"),
+            ops.contribution_scores(logits, target, statistic="accuracy"),
         ],
         "discrepancy_ratios": lambda ops: ops.discrepancy_ratios(ratios),
+        "drop_features": lambda ops: list(
+            ops.drop_features(features, ratios, base=0.5, strength=0.5)
+        ),
         "modulation_coefficients": lambda ops: ops.modulation_coefficients(ratios, 0.3),
         "gradient_dots": lambda ops: [
             ops.gradient_dots(grads, grads),
@@ -122,7 +128,8 @@ def writes(device: torch.device) -> dict[str, tuple[Callable[..., object], list[
     target = torch.zeros(2, dtype=torch.int64, device=device)
     k, status = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     rows = torch.ones(2, 1, 3, dtype=torch.float64, device=device)
-    state = torch.ones(3, 2, device=device)
+    state, totals = torch.ones(3, 2, device=device), torch.ones(3, device=device)
+    past, steps = torch.zeros(2, device=device), torch.zeros((), dtype=torch.int64, device=device)
     member = torch.ones(1, 1, dtype=torch.float64, device=device)
     return {
         "modulate_": (
@@ -130,10 +137,32 @@ def writes(device: torch.device) -> dict[str, tuple[Callable[..., object], list[
             [torch.ones(3, device=device), torch.ones(2, 4, device=device)[:, ::2], status],
         ),
         "observe_": (
-            lambda s, w: observe_(s, logits, target, -100, False, 0.1, "cvpr2022", w),
-            [state, status.clone()],
+            lambda s, t, w: observe_(
+                s,
+                t,
+                past,
+                steps,
+                logits,
+                target,
+                False,
+                -100,
+                False,
+                "accuracy",
+                0.1,
+                1.0,
+                "metric",
+                w,
+            ),
+            [state, totals.clone(), status.clone()],
         ),
-        "derive_": (lambda s: derive_(s, True, 0.1, "cvpr2022"), [state.clone()]),
+        "derive_": (
+            lambda s: derive_(s, totals, past, steps, True, 0.1, 1.0, "agm"),
+            [state.clone()],
+        ),
+        "remember_": (
+            lambda p, n: remember_(p, n, state[0].clone(), totals, None, True),
+            [past.clone(), steps.clone()],
+        ),
         "accumulate_speeds_": (
             lambda t: accumulate_speeds_(rows, member, t, None),
             [torch.zeros(1, dtype=torch.float64, device=device)],

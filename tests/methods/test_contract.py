@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from mmbal_fast.training import Method, Record, Setting
 from mmbal_fast.training.history import values_of
 from tests.host_reads import host_reads
 from tests.methods.cases import CASES, Case, Run, filled
+from tests.methods.test_ogm_ge_stack import captured
+
+if TYPE_CHECKING:
+    from tests.conftest import Backend
 
 CLOUD = pytest.importorskip("cloudpickle", reason="cloudpickle is not installed")
 
@@ -272,6 +277,134 @@ def test_records_are_tensors_by_name(case: Case) -> None:
         "step", *(f"{quantity}/{name}" for quantity in quantities for name in run.method.names)
     ]  # fmt: skip
     assert len(values_of(run.method.last, run.method.names)) == len(history.to_dict()) - 1
+
+
+# ---- modulations: scores of your own, labels of each class, compilers
+
+MODULATIONS = [
+    case for case in CASES if issubclass(case.method, mmbal_fast.training.GradientModulation)
+]
+over_modulations = pytest.mark.parametrize("case", MODULATIONS, ids=str)
+
+
+@pytest.fixture
+def gradients() -> Callable[[Run, int], None]:
+    def make(run: Run, number: int) -> None:
+        run.optimizer.zero_grad()
+        run.backward(number, lambda loss: loss)
+
+    return make
+
+
+@over_modulations
+def test_scores_of_your_own(case: Case, gradients: Callable[[Run, int], None]) -> None:
+    """By name and as a tensor, of several micro-batches: higher is better."""
+    runs = [case.run(), case.run()]
+    table = torch.tensor([[0.2, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.9, 0.5]])
+    for number, row in enumerate(table):
+        for by_name, run in zip((False, True), runs, strict=True):
+            gradients(run, number)
+            for part in (row * 0.5, row * 1.5):
+                named = dict(zip(run.method.names, part.tolist(), strict=True))
+                run.method.observe(scores=named if by_name else part)
+            record = run.method.step()
+            shares = record.scores / record.scores.sum()
+            torch.testing.assert_close(shares, row / row.sum())
+        one, other = (run.method.last.coefficients for run in runs)
+        torch.testing.assert_close(one, other)
+    assert len(set(one.tolist())) > 1  # the last of the rows was not alike
+    leader = int(record.ratios.argmax())
+    others = [k for m, k in enumerate(one.tolist()) if m != leader]
+    if case.method is mmbal_fast.InfoReg:  # there a coefficient is a pull, not a factor
+        assert one[leader] >= max(others)
+    else:
+        assert one[leader] <= min(others)
+    with pytest.raises(ValueError, match=r"scores must be given for .*\(got \['audio'\]\)"):
+        run.method.observe(scores={"audio": 1.0})
+
+
+@over_modulations
+def test_labels_of_each_class(case: Case, gradients: Callable[[Run, int], None]) -> None:
+    """Binary classification from one logit does what its two classes do."""
+    runs = [case.run(), case.run()]
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        target = (torch.rand(8, 1, generator=generator) > 0.5).float()
+        strength = torch.arange(1, len(runs[0].method.names) + 1)
+        noise = torch.randn(len(strength), 8, 1, generator=generator)
+        logits = {
+            name: (2 * target - 1) * k + each
+            for name, k, each in zip(runs[0].method.names, strength, noise, strict=True)
+        }
+        for run in runs:
+            gradients(run, number)
+        one = runs[0].method.step(logits, target, multi_label=True)
+        two = {name: torch.cat([torch.zeros_like(x), x], 1) for name, x in logits.items()}
+        other = runs[1].method.step(two, target.flatten().long())
+        torch.testing.assert_close(one.scores, other.scores)
+        torch.testing.assert_close(one.coefficients, other.coefficients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [*MODULATIONS, CASES[[str(c) for c in CASES].index("OPM")]], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiles_without_a_graph_break(case: Case) -> None:
+    """Between eager forward and optimizer, with changing settings: to the bit what eager does."""
+    if case.method is mmbal_fast.InfoReg:
+        pytest.skip("a step of epochs, eager so far")
+    torch._dynamo.reset()
+    runs: list[Any] = [case.run(), case.run()]
+    forward = case.method is mmbal_fast.OPM
+    acts = []
+    for run in runs:
+        act = functools.partial(fused, run) if forward else run.method.step
+        compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
+        acts.append(act if run is runs[0] else compiled)
+    setting = next(iter(case.settings))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(4):
+            grads = []
+            for run, act in zip(runs, acts, strict=True):
+                setattr(run.method, setting, 0.1 + 0.2 * number)
+                run.optimizer.zero_grad()
+                if forward:
+                    batch, target = run.batch(number)
+                    logits = {name: 3 * each[:, :3] for name, each in batch.items()}
+                    run.method.observe(logits, target)
+                    losses, weight = act(batch, target)
+                    (losses * weight).sum().backward()
+                else:
+                    act(*run.backward(number, lambda loss: loss))
+                run.optimizer.step()
+                grads.append([each.grad for each in run.model.encoders.parameters()])
+            assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert same(runs[0].bits(), runs[1].bits())
+    assert equal_states(runs[0].method.state_dict(), runs[1].method.state_dict())
+
+
+def fused(run: Any, batch: dict[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Encoders, the method, and the fused head's losses."""
+    features, weight = run.method(run.model.features(batch))
+    return nn.functional.cross_entropy(run.model(features), target, reduction="none"), weight
+
+
+LAUNCHES = {"OGM-GE": 3, "AGM": 3, "MLB": 2, "metric modulation": 3}
+"""Scores; moments, where there is noise; update; memory, where there is one."""
+
+
+@pytest.mark.parametrize("native", ["cuda-emulated"], indirect=True)
+def test_launches_of_a_modulation(native: Backend) -> None:
+    for case in MODULATIONS:
+        if str(case) not in LAUNCHES:
+            continue
+        run = case.run()
+        if case.method is mmbal_fast.AGM:
+            run.method = mmbal_fast.AGM(run.model.encoders)  # the head's columns are torch's work
+        run.step(0)
+        given = run.backward(1, lambda loss: loss)
+        step = functools.partial(run.method.step, *given)
+        assert len(captured(native, step)) == LAUNCHES[str(case)]
 
 
 # ---- copies

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mmbal_fast
+from tests.host_reads import host_reads
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -58,6 +59,40 @@ def test_equals_the_published_mask() -> None:
         mask = (found[name].abs().sum(1) > 0).float()
         expected = each * mask[:, None] * (1 / (1 - theta))
         torch.testing.assert_close(found[name], expected)
+
+
+def test_launches_and_host_reads(native: Backend) -> None:
+    """Scores and ratios are one launch, the features one each way."""
+    opm = observed(2.0, native.device, apply=1.0)
+    features = {name: torch.ones(9, 3, device=native.device, requires_grad=True) for name in NAMES}
+    logits = {name: torch.randn(9, 3, device=native.device) for name in NAMES}
+    target = torch.zeros(9, dtype=torch.int64, device=native.device)
+
+    def forward() -> Tensor:
+        found, weight = opm(features)
+        return torch.stack([each.sum() for each in found.values()]).sum() + weight.sum()
+
+    forward().backward()
+    with host_reads() as reads:
+        opm.observe(logits, target)
+        forward().backward()
+    assert reads == []
+    if native.emulated:
+        loss = forward()
+        for run in (lambda: opm.observe(logits, target), forward, loss.backward):
+            native.native.begin_capture()
+            run()
+            assert len(native.native.end_capture()) == 1
+
+
+def test_labels_of_each_class_and_tokens() -> None:
+    opm = mmbal_fast.OPM(NAMES, apply=1.0)
+    logits = {"audio": torch.full((2, 5, 1), 3.0), "image": torch.zeros(2, 5, 1)}
+    opm.observe(logits, torch.ones(2, 5, 1), class_dim=-1, multi_label=True)
+    opm({name: torch.ones(2, 1) for name in NAMES})
+    assert opm.last is not None
+    ratio = torch.tensor(3.0).sigmoid().item() / 0.5
+    assert opm.last.ratios.tolist() == pytest.approx([ratio, 1 / ratio], rel=1e-5)
 
 
 def test_no_modality_dominates_and_nothing_happens() -> None:
