@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mmbal_fast.bench import _methods, _report
 from mmbal_fast.bench import _providers as names
-from mmbal_fast.bench import _report
 from mmbal_fast.bench._measure import Counts, Provider, count, interleaved
-from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Gradients, Scoring
+from mmbal_fast.bench._workloads import FEATURES, GRADIENTS, SCORING, Features, Gradients, Scoring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = [2**10, 2**13, 2**16, 2**19, 2**22, 2**25, 200_000_000]
@@ -26,12 +26,12 @@ TENSORS = [1, 4, 16, 64, 250, 1000, 4000]
 class Case:
     """A workload whose providers are timed together."""
 
-    workload: Gradients | Scoring
+    workload: Gradients | Scoring | Features
     dtype: torch.dtype
     noise: bool = False
     compiled: bool = False
     part: str = "step"
-    """Or "noise" or "moments", which a step consists of."""
+    """Or "noise" or "moments", which a step consists of, or a step of `_methods.PARTS`."""
     seconds: float = 4.0
     threads: int | None = None
     """Of the CPU; default those that torch is set to."""
@@ -55,20 +55,27 @@ class Case:
     def elements(self) -> int:
         """How many are read."""
         work = self.workload
-        if isinstance(work, Gradients):
+        if not isinstance(work, Scoring):
             return work.elements
         return work.modalities * work.batch * work.classes
 
     @property
     def least_bytes(self) -> int:
         """Each input read once, each output written once."""
-        both = isinstance(self.workload, Gradients) and self.part == "step"
-        return self.elements * self.dtype.itemsize * (2 if both else 1)
+        steps = ("step", *_methods.PARTS)
+        times = 2 if isinstance(self.workload, Gradients) and self.part in steps else 1
+        if isinstance(self.workload, Features):
+            times = 4  # forward and backward
+        return self.elements * self.dtype.itemsize * times
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Everything that does this."""
         if isinstance(self.workload, Scoring):
             return names.scoring(self.workload, self.dtype, device, self.workload.batch <= 64)
+        if isinstance(self.workload, Features):
+            return _methods.dropping(self.workload, self.dtype, device)
+        if self.part in _methods.PARTS:
+            return _methods.PARTS[self.part](self.workload, self.dtype, device)
         if self.part != "step":
             return names.parts(self.workload, self.dtype, device)[self.part]
         every = names.step(self.workload, self.dtype, device, self.noise, self.compiled)
@@ -88,6 +95,10 @@ def quick_cases() -> Iterator[Case]:
     yield Case(GRADIENTS["av-resnet18 channels_last"], torch.float32, noise=True, seconds=2)
     yield Case(GRADIENTS["tiny"], torch.float32, noise=True, seconds=1)
     yield Case(Scoring(2, 64, 310), torch.float32, seconds=1)
+    for part in _methods.PARTS:
+        yield Case(AV, torch.float32, part=part, seconds=1)
+    for features in FEATURES:
+        yield Case(features, torch.float32, seconds=1)
     yield from one_core_cases(seconds=2)
 
 
@@ -110,6 +121,10 @@ def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
     for part in ("noise", "moments"):
         for dtype in DTYPES:
             yield Case(AV, dtype, part=part)
+    for part in _methods.PARTS:
+        yield Case(AV, torch.float32, part=part)
+    for features in FEATURES:
+        yield Case(features, torch.float32)
     if not cuda:
         yield from one_core_cases()
     for scoring in SCORING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,3 +99,103 @@ def plain_update_(
         )
     if noise:
         torch._foreach_add_(list(grads), drawn)
+
+
+def published_agm_coefficients(
+    logits: Sequence[Tensor], target: Tensor, memory: dict[str, Any]
+) -> list[float]:
+    """Coefficients of two modalities as the released AGM code computes them: a Python loop.
+
+    The released code scales by a hook on what enters the Shapley logits; what that does to the
+    gradients of encoders under a linear head is scaling them.
+
+    Args:
+        logits: two tensors ``[B, C]``.
+        target: ``[B]``, integer.
+        memory: running means, written.
+
+    Returns:
+        The two coefficients, for ``alpha = 0.8``.
+    """
+    scores = [0.0, 0.0]
+    probabilities = [each.softmax(dim=1) for each in logits]
+    for i, label in enumerate(target):
+        for m in range(2):
+            scores[m] += -math.log(max(probabilities[m][i][label].item(), 1e-8)) / len(target)
+    means, step = memory.get("means", [0.0, 0.0]), memory.get("step", 0) + 1
+    coefficients = [
+        math.exp(
+            0.8 * min(math.exp(means[1 - m] - means[m]) - math.exp(scores[1 - m] - scores[m]), 10.0)
+        )
+        for m in range(2)
+    ]
+    memory["means"] = [
+        mean * (step - 1) / step + score / step for mean, score in zip(means, scores, strict=True)
+    ]
+    memory["step"] = step
+    return coefficients
+
+
+def published_mlb_coefficients(
+    logits: Sequence[Tensor], target: Tensor, memory: dict[str, Any]
+) -> list[float]:
+    """Coefficients of two modalities as the released MLB code computes them.
+
+    Args:
+        logits: two tensors ``[B, C]``.
+        target: ``[B]``, integer.
+        memory: not used.
+
+    Returns:
+        The two coefficients, for ``alpha = 0.8``.
+    """
+    del memory
+    scores = [
+        torch.stack([each.softmax(dim=1)[i][target[i]] for i in range(len(target))]).mean().item()
+        for each in logits
+    ]
+    return [1 + math.tanh(0.8 * (scores[1 - m] / scores[m] - 1)) for m in range(2)]
+
+
+def published_metric_coefficients(
+    logits: Sequence[Tensor], target: Tensor, memory: dict[str, Any]
+) -> list[float]:
+    """Coefficients of the accuracy of each modality as the released CGGM code computes them.
+
+    Args:
+        logits: M tensors ``[B, C]``.
+        target: ``[B]``, integer.
+        memory: accuracies of the step before, written.
+
+    Returns:
+        M coefficients, for ``rho = 1.3``; where no metric falls those of ours.
+    """
+    now = [(each.argmax(dim=1) == target).float().mean().item() for each in logits]
+    gains = [e - before for e, before in zip(now, memory.get("now", [0.0] * len(now)), strict=True)]
+    memory["now"] = now
+    total = sum(gains) + 1e-8
+    return [1.3 * (total - gain) / total for gain in gains]
+
+
+def published_dropping(
+    features: Sequence[Tensor], probabilities: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
+    """Features as the released OPM code drops them: masks of the host, rows taken out.
+
+    Args:
+        features: M tensors ``[B, D]``.
+        probabilities: of being dropped.
+
+    Returns:
+        The scaled features, and which samples lost every modality.
+    """
+    widths = [each.shape[1] for each in features]
+    theta = sum(d * q for d, q in zip(widths, probabilities, strict=True)) / sum(widths)
+    masks = [
+        torch.distributions.Bernoulli(1 - q).sample([len(each), 1]).to(each.device)
+        for each, q in zip(features, probabilities, strict=True)
+    ]
+    gone = torch.stack(masks).sum(0).flatten() == 0
+    return [
+        each * mask * (1 / (1 - theta)) for each, mask in zip(features, masks, strict=True)
+    ], gone

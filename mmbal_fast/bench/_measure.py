@@ -165,7 +165,10 @@ class _CountedModule:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
-        if name in ("moments", "modulate_", "noise_", "scores_", "derive_"):
+        if name in (
+            "moments", "modulate_", "noise_", "scores_", "derive_", "remember_", "drop_features",
+            "drop_features_backward",
+        ):  # fmt: skip
             self._counts.launches += 1
         return function
 

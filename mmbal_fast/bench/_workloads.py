@@ -98,3 +98,33 @@ SCORING = [
     for batch, classes in ((64, 6), (64, 310), (64, 21000), (4096, 6), (4096, 310))
 ] + [Scoring(2, 4096, 21000)]
 """CREMA-D, VGGSound and ImageNet-21K have 6, 310 and 21 thousand classes."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Sizes of a batch of features before their fusion."""
+
+    batch: int
+    widths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As the results call it."""
+        return f"drop-{self.batch}x{'+'.join(map(str, self.widths))}"
+
+    @property
+    def elements(self) -> int:
+        """How many there are in all."""
+        return self.batch * sum(self.widths)
+
+    def make(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Random features of each modality."""
+        generator = torch.Generator().manual_seed(0)
+        return [
+            torch.randn(self.batch, width, generator=generator).to(device, dtype)
+            for width in self.widths
+        ]
+
+
+FEATURES = [Features(256, (512, 512))]
+"""What two ResNet-18s give."""
