@@ -192,7 +192,7 @@ def published_dropping(
     widths = [each.shape[1] for each in features]
     theta = sum(d * q for d, q in zip(widths, probabilities, strict=True)) / sum(widths)
     masks = [
-        torch.distributions.Bernoulli(1 - q).sample([len(each), 1]).to(each.device)
+        torch.full((len(each), 1), 1 - q).bernoulli().to(each.device)
         for each, q in zip(features, probabilities, strict=True)
     ]
     gone = torch.stack(masks).sum(0).flatten() == 0

@@ -42,7 +42,7 @@ def scores_of(rule: str, count: int) -> list[Tensor]:
 @pytest.mark.parametrize("rule", ["agm", "mlb", "metric"])
 def test_kernels_and_reference(native: Backend, rule: str, count: int) -> None:
     past = torch.linspace(-1, 0.7, count)  # gains do not cancel
-    seen = set()
+    seen: set[float] = set()
     for scores in scores_of(rule, count):
         totals = torch.cat([4 * scores, torch.tensor([4.0])])
         for steps in (0, 3):

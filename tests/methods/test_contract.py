@@ -398,7 +398,7 @@ def test_launches_of_a_modulation(native: Backend) -> None:
     for case in MODULATIONS:
         if str(case) not in LAUNCHES:
             continue
-        run = case.run()
+        run: Any = case.run()
         if case.method is mmbal_fast.AGM:
             run.method = mmbal_fast.AGM(run.model.encoders)  # the head's columns are torch's work
         run.step(0)
