@@ -141,7 +141,9 @@ class Operation(Generic[Result]):
         written: list[Tensor] = []
         for index, is_list in self._written:
             value = arguments[index]
-            if is_list:
+            if is_list and _backend.native is not None:
+                written += _backend.native.present(value)
+            elif is_list:
                 written += [each for each in value if each is not None]
             elif value is not None:
                 written.append(value)

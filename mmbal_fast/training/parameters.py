@@ -150,6 +150,9 @@ class ParameterGroups:
         """
         if self.shards is not None:
             return self.shards.local_gradients(self.parameters)
+        if _backend.native is not None and not in_graph():
+            found: list[Tensor | None] = _backend.native.gradients_of(self.parameters)
+            return found
         return [each.grad if each.requires_grad else None for each in self.parameters]
 
     def frozen(self) -> bool:
