@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import mmbal_fast
+from mmbal_fast.training.parameters import ParameterGroups
 from tests.methods.cases import Joined, batch_of, filled
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -168,3 +169,23 @@ def test_a_table_shared_with_the_output_layer_is_a_table() -> None:
     backward(net)
     mmbal_fast.OGMGE(net, alpha=0.5).step(LOGITS, LABELS)
     assert modulated(net) == {"a.1.weight", "b.weight"}
+
+
+class KeptElsewhere(nn.Parameter):
+    """A parameter whose gradient a subclass holds."""
+
+    @property
+    def grad(self) -> Tensor:  # type: ignore[override]
+        return torch.full_like(self, 3.0, requires_grad=False)
+
+
+def test_gradients_are_those_that_python_sees() -> None:
+    plain, frozen, unused = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    plain.grad, frozen.grad = torch.ones(2, 2), torch.ones(2, 2)
+    frozen.requires_grad_(False)
+    other = KeptElsewhere(torch.ones(2, 2))
+    groups = ParameterGroups("test", {"a": [plain, frozen], "b": [unused, other]}, None)
+    first, *rest = groups.gradients()
+    assert first is plain.grad
+    assert rest[:2] == [None, None]
+    assert torch.equal(rest[2], torch.full((2, 2), 3.0))

@@ -85,7 +85,7 @@ py::list gradients_of(const py::list& parameters) {
 
 }  // namespace
 
-void bind_identity(py::module_& m) {
+void bind_objects(py::module_& m) {
   using namespace pybind11::literals;
   m.def("gradients_of", &gradients_of, "parameters"_a);
   m.def("present", &present, "objects"_a);
