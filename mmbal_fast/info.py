@@ -107,10 +107,10 @@ def _why_no_cuda(native: ModuleType | None) -> str | None:
 
 
 def _openmp() -> tuple[str, ...]:
-    """OpenMP runtimes in this process. More than one means two competing thread pools."""
+    """Files of OpenMP runtimes in this process. More than one means two competing thread pools."""
     maps = Path("/proc/self/maps")
     text = maps.read_text() if maps.exists() else ""
-    return tuple(sorted(set(re.findall(r"/(lib(?:g|i)?omp[^/\s]*)$", text, re.MULTILINE))))
+    return tuple(sorted(set(re.findall(r"(/\S.*/lib[gi]?omp[^/\s]*)$", text, re.MULTILINE))))
 
 
 # ---- The self-check ------------------------------------------------------------------------------
