@@ -1,9 +1,11 @@
 """The versions that the package claims, tried: ``make matrix``.
 
-For each row a virtual environment below ``build/matrix``, made and tested by ``make test``
-with the pins of that row in place of those of ``requirements/constraints.txt``, and removed
-afterwards: where there is no torch without CUDA, each takes some 6 GB. A row replaces its line in
-``docs/compatibility.csv``.
+For each row an environment below ``build/matrix`` with the pins of that row in place of those of
+``requirements/constraints.txt``. The wheel of ``dist`` is installed into it while the search path
+holds no compiler; then run ``mmbal-fast info`` and the tests, of a copy of ``tests`` that cannot
+see the sources. An environment that is made here is removed afterwards: most torch wheels bring
+CUDA, 6 GB each. One that is there already (``build/matrix/torch-2.10.0``, ...) is used as it is and
+stays. A row replaces its line in ``docs/compatibility.csv``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "matrix"
 TABLE = ROOT / "docs" / "compatibility.csv"
-SUITES = ["functional", "integrations", "measures", "methods", "nn", "training"]
+COPIED = ["tests", "docs", "examples", "pyproject.toml", "README.md"]
+SUITES = [
+    *(f"tests/{name}" for name in ("functional", "integrations", "measures", "methods", "nn")),
+    "tests/training",
+    "tests/docs/test_pages.py::test_the_code_of_a_page_runs[README.md]",
+]
+# What emulates a GPU does not depend on these versions, and takes most of the time.
+SELECTED = ["-m", "not slow and not in_one_launch", "-k", "not emulated"]
+TOOLS = ["pytest", "hypothesis", "numpy", "scipy", "tensorboard", "matplotlib", "scikit-learn"]
 SHOWN = ["torch", "lightning", "transformers"]
 COLUMNS = ["row", "Python", *SHOWN, "passed", "failed", "skipped", "date", "what failed"]
 
@@ -65,30 +75,65 @@ def main() -> int:
 def try_row(name: str, row: Row) -> dict[str, str]:
     """Runs the tests of a row; what its line says."""
     folder = BUILD / name.replace(" ", "-")
-    constraints, report = folder.with_suffix(".txt"), folder.with_suffix(".xml")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    constraints.write_text(pinned(row.pins))
-    report.unlink(missing_ok=True)
-    suites = [f"tests/{suite}" for suite in SUITES if (ROOT / "tests" / suite).is_dir()]
-    python = shutil.which(f"python{row.python}")
-    line = dict.fromkeys(COLUMNS, "") | {"row": name, "Python": row.python}
+    line = dict.fromkeys(COLUMNS, "") | {"row": name, "Python": row.python, "failed": "-"}
     line |= {"date": datetime.date.today().isoformat()}
-    if python is None:
-        return line | {"failed": "-", "what failed": "no such Python on the machine"}
-    command = ["make", "test", f"PYTHON={python}", f"VENV={folder}", f"CONSTRAINTS={constraints}"]
-    subprocess.run(
-        # What emulates a GPU does not depend on these versions, and takes most of the time.
-        [*command, f"ARGS=-q -k 'not emulated' --junitxml={report} {' '.join(suites)}"],
-        cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("MAKE")},
-        check=False,
-    )
-    if report.exists():
-        line |= versions(folder) | counted(report)
+    wheel = next((ROOT / "dist").glob(f"*-cp{row.python.replace('.', '')}-*.whl"), None)
+    if wheel is None:
+        return line | {"what failed": f"no wheel in dist/ for Python {row.python}: make wheels"}
+    made = not folder.exists()
+    try:
+        install(wheel, folder, row, made=made)
+        line |= versions(folder)
+        return line | tried(folder)
+    except subprocess.CalledProcessError as error:
+        return line | {"what failed": " ".join(map(str, error.cmd[1:4]))}
+    finally:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def install(wheel: Path, folder: Path, row: Row, *, made: bool) -> None:
+    """Puts the wheel and what its tests need into an environment without a compiler."""
+    if made:
+        constraints = BUILD / "constraints.txt"
+        constraints.parent.mkdir(parents=True, exist_ok=True)
+        constraints.write_text(pinned(row.pins))
+        subprocess.run([f"python{row.python}", "-m", "venv", folder], check=True)
+        needed = [f"{wheel}[lightning,transformers]", *TOOLS]
+        pip(folder, "-c", str(constraints), *needed)
     else:
-        line |= {"failed": "-", "what failed": "installation or build, see the output"}
-    shutil.rmtree(folder, ignore_errors=True)
-    return line
+        pip(folder, "--no-deps", "--force-reinstall", str(wheel))
+
+
+def pip(folder: Path, *arguments: str) -> None:
+    """Runs ``pip install`` where no compiler is found."""
+    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *arguments]
+    subprocess.run(command, env=without_compiler(folder), check=True)
+
+
+def without_compiler(folder: Path) -> dict[str, str]:
+    """An environment of variables whose search path is that of the virtual environment alone."""
+    return {**os.environ, "PATH": str(folder / "bin")}
+
+
+def tried(folder: Path) -> dict[str, str]:
+    """Runs ``mmbal-fast info`` and the tests; their part of the line."""
+    python = folder / "bin" / "python"
+    tree, report = BUILD / "tree", BUILD / f"{folder.name}.xml"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir()
+    report.unlink(missing_ok=True)
+    for name in COPIED:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tree / name)
+    subprocess.run(
+        [python, "-m", "mmbal_fast", "info"], cwd=tree, env=without_compiler(folder), check=True
+    )
+    tests = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *SELECTED, *SUITES]
+    subprocess.run([python, "-m", "pytest", *tests], cwd=tree, check=False)
+    if not report.exists():
+        return {"what failed": "the tests do not start, see the output"}
+    return counted(report)
 
 
 def pinned(pins: dict[str, str | None]) -> str:
