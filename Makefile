@@ -14,10 +14,11 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(abspath $(RUN)) -m pytest -n 2 --dist loadfi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck build native sanitize docs bench matrix gpu-check wheel clean
+.PHONY: help demo test lint format typecheck build native sanitize docs bench matrix gpu-check
+.PHONY: sdist wheel wheels reproducible clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.has-demo native ## what balances colored digits and what does not, a few minutes
 	$(BIN)/mmbal-fast demo
@@ -70,15 +71,57 @@ docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, it
 bench: $(VENV)/.has-test native ## time the step against the published loop, 5 minutes
 	$(BIN)/mmbal-fast bench $(ARGS)
 
-matrix: ## the tests beside each version of torch, Python and frameworks that is claimed, hours
+matrix: wheels ## the wheels beside each version of torch, Python and frameworks that is claimed, hours
 	$(PYTHON) benchmarks/matrix.py $(ARGS)
 
 # Runs with the python3 that holds torch, on machines that reach no network.
 gpu-check: ## on a machine with a GPU: build, test, compute-sanitizer, timings
 	$(PYTHON) benchmarks/gpu_check.py
 
-wheel: $(VENV)/.has-build ## a wheel in dist/, for this machine's Python
-	$(RUN) -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+# Bytes that depend on the sources and the compilers alone: the only date is that of the version.
+sdist wheel wheels: export SOURCE_DATE_EPOCH = \
+    $(shell date -ud $$(sed -n 's/^date-released: "\(.*\)"/\1/p' CITATION.cff) +%s)
+TAR := tar --format=posix --pax-option=delete=atime,delete=ctime --sort=name --owner=0 --group=0 \
+    --numeric-owner --mode=go=rX,u+rw --mtime=@$$SOURCE_DATE_EPOCH
+
+sdist: $(VENV)/.has-build ## the source distribution, in dist/
+	rm -rf build/sdist dist/*.tar.gz && mkdir -p build/sdist dist
+	$(RUN) setup.py --quiet egg_info --egg-base build/sdist sdist --formats=tar --dist-dir build/sdist
+	cd build/sdist && tar -xf *.tar && name=$$(basename *.tar .tar) && \
+	    $(TAR) -cf - $$name | gzip -9n > $(CURDIR)/dist/$$name.tar.gz
+
+# The Python of .venv, and those of the machine that can make wheels. All share the objects that know
+# no Python, and the first what `make build` compiled.
+OWN = $(shell $(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTHONS = $(shell for minor in 10 11 12 13 14; do \
+    python3.$$minor -c 'import ensurepip, venv' 2>/dev/null && echo 3.$$minor; done)
+PLATFORM = manylinux_2_28_$(shell uname -m)
+
+wheel: PYTHONS = $(OWN)
+wheel: wheels ## an sdist and a portable wheel for the Python of .venv, in dist/
+
+# torch brings libgomp, and there must be one in a process.
+wheels: sdist $(VENV)/.has-dist ## an sdist and wheels for all Pythons of the machine, in dist/
+	rm -rf build/wheels build/lib.* dist/*.whl && mkdir -p build/wheels
+	$(MAKE) -s $(VENV)/.has-dist $(patsubst %,build/pythons/%/.has-build,$(filter-out $(OWN),$(PYTHONS)))
+	set -e; for version in $(PYTHONS); do \
+	    if [ $$version = $(OWN) ]; then python=$(RUN); else python=build/pythons/$$version/bin/python; fi; \
+	    PATH="$(abspath $(BIN)):$$PATH" MMBAL_PORTABLE=1 $$python setup.py --quiet \
+	        egg_info --egg-base build/wheels bdist_wheel --dist-dir build/wheels; \
+	done
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) \
+	    --only-plat --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+	$(BIN)/twine check --strict dist/*
+	ls -l dist
+
+# nvcc writes its process id and the path of the source into names: so every compiler is the first
+# process of a namespace, and both builds stand in one place.
+reproducible: export CMAKE_CUDA_COMPILER_LAUNCHER = unshare;--map-root-user;--pid;--fork
+reproducible: ## build all of dist/ twice from nothing, and compare the bytes
+	set -e; for each in first second; do \
+	    rm -rf build/native build/$$each; $(MAKE) wheels PYTHONS="$(PYTHONS)"; cp -R dist build/$$each; \
+	done
+	diff -r build/first build/second && sha256sum dist/*
 
 clean: ## forget what was built, keep .venv
 	rm -rf build dist *.egg-info mmbal_fast/*.so tests/emulation/*.so
@@ -94,6 +137,11 @@ $(RUN):
 	    echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu:" \
 	         "apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+build/pythons/%/.has-build: requirements/build.txt $(CONSTRAINTS)
+	python$* -m venv build/pythons/$*
+	build/pythons/$*/bin/python -m pip install -q pybind11 setuptools -c $(CONSTRAINTS)
+	@touch $@
 
 $(VENV)/.has-build: requirements/build.txt $(CONSTRAINTS) | $(RUN)
 	$(RUN) -m pip install -q -r requirements/build.txt -c $(CONSTRAINTS)

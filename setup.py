@@ -13,6 +13,7 @@ Switches, all read from the environment:
                            of the emulated CUDA kernels
 `MMBAL_WERROR=1`           warnings are errors
 `MMBAL_PTXAS_VERBOSE=1`    print each kernel's registers and spills
+`MMBAL_PORTABLE=1`         link for any Linux with glibc 2.28, stripped (GCC on x86-64)
 `MMBAL_BUILD_EMULATED=1`   also build the test module that runs the CUDA kernels on the CPU
 `CXX`, `CUDACXX`,          compilers, with the meaning CMake gives them
 `CUDAHOSTCXX`
@@ -169,21 +170,30 @@ def check_nvcc(nvcc: str, environment: Mapping[str, str]) -> None:
         )
 
 
+def missing(name: str) -> SystemExit:
+    """The error of a build requirement that is not there."""
+    return fail(
+        f"{name} must be installed (pip install -r requirements/build.txt in the clone)", None
+    )
+
+
 def find_package(name: str) -> ModuleType:
     """A Python package that build isolation installs."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        rule = f"{name} must be installed (pip install -r requirements/build.txt in the clone)"
-        raise fail(rule, None) from None
+        raise missing(name) from None
 
 
 def find_tool(name: str, directory: str) -> str:
     """CMake or Ninja: from the Python package that build isolation installs, else from PATH."""
     try:
         return str(Path(getattr(importlib.import_module(name), directory)) / name)
-    except ImportError:
-        return shutil.which(name) or str(find_package(name))
+    except (ImportError, AttributeError):  # no attribute: the folder `cmake` beside this file
+        found = shutil.which(name)
+    if found is None:
+        raise missing(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,6 +208,7 @@ class Switches:
     sanitize: tuple[str, ...]
     werror: bool
     ptxas_verbose: bool
+    portable: bool
     emulated: bool
 
     @classmethod
@@ -250,12 +261,20 @@ class Switches:
             sanitize=sanitizers,
             werror=flag(environment, "MMBAL_WERROR"),
             ptxas_verbose=flag(environment, "MMBAL_PTXAS_VERBOSE"),
+            portable=flag(environment, "MMBAL_PORTABLE"),
             emulated=flag(environment, "MMBAL_BUILD_EMULATED"),
         )
 
 
 class BuildNative(build_ext):
-    """`build_ext` that configures and builds with CMake, incrementally, in `build/temp.*`."""
+    """`build_ext` that configures and builds with CMake, incrementally, in `build/native`."""
+
+    def finalize_options(self) -> None:
+        """One place for every Python: they share what knows no Python."""
+        given = self.build_temp
+        super().finalize_options()
+        if given is None:
+            self.build_temp = str(Path(self.build_temp).parent / "native")
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension module."""
@@ -270,8 +289,9 @@ class BuildNative(build_ext):
         try:
             self._configure(cmake, directory, output.name, switches, environment)
             command = [cmake, "--build", str(directory), "--parallel", str(switches.jobs)]
-            # Targets and not values, which would configure anew and forget all objects.
-            command += ["--target", "_C", *(["_C_emulated"] if switches.emulated else [])]
+            # Targets and not values, which would configure anew.
+            module = "_C_portable" if switches.portable else "_C"
+            command += ["--target", module, *(["_C_emulated"] if switches.emulated else [])]
             subprocess.run(command, check=True, env=environment)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
@@ -280,7 +300,8 @@ class BuildNative(build_ext):
                 "MMBAL_PURE_PYTHON=1 without native code."
             ) from None
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(directory / output.name), str(output))
+        built = directory / "portable" if switches.portable else directory
+        self.copy_file(str(built / output.name), str(output))
 
     def _configure(
         self,
@@ -291,13 +312,15 @@ class BuildNative(build_ext):
         environment: Mapping[str, str],
     ) -> None:
         pybind11 = find_package("pybind11")
-        values = {
-            "CMAKE_BUILD_TYPE": "Debug" if switches.debug else "Release",
+        of_python = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja", "BIN_DIR"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "MMBAL_VERSION": self.distribution.get_version(),
             "MMBAL_MODULE_FILE": file_name,
+            "MMBAL_VERSION": self.distribution.get_version(),
+        }
+        values = {
+            "CMAKE_BUILD_TYPE": "Debug" if switches.debug else "Release",
             "MMBAL_SANITIZE": ",".join(switches.sanitize),
             "MMBAL_WERROR": int(switches.werror),
             "MMBAL_PTXAS_VERBOSE": int(switches.ptxas_verbose),
@@ -306,17 +329,21 @@ class BuildNative(build_ext):
         if switches.nvcc is not None:
             values["CMAKE_CUDA_COMPILER"] = switches.nvcc
             values["CMAKE_CUDA_ARCHITECTURES"] = ";".join(switches.architectures)
-        # --fresh forgets the compilers and paths of an earlier configuration, and its objects.
-        command = [cmake, "--fresh", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"]
-        command += [f"-D{name}={value}" for name, value in values.items()]
         read_by_cmake = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS")
-        configuration = json.dumps([command, [environment.get(name) for name in read_by_cmake]])
-        done = directory / "configured.json"
-        if done.exists() and done.read_text() == configuration:
+        toolchain = [str(ROOT), values, [environment.get(name) for name in read_by_cmake]]
+        configuration = json.loads(json.dumps([toolchain, [cmake, of_python]]))
+        record = directory / "configured.json"
+        before = json.loads(record.read_text()) if record.exists() else [None, None]
+        if before == configuration:
             return
-        done.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+        command = [cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"]
+        # --fresh forgets the compilers and paths of an earlier configuration, and its objects; for
+        # another Python it is enough to look for that anew.
+        command += ["-U*Python*", "-U*PYTHON*"] if before[0] == configuration[0] else ["--fresh"]
+        command += [f"-D{name}={value}" for name, value in {**of_python, **values}.items()]
         subprocess.run(command, check=True, env=environment)
-        done.write_text(configuration)
+        record.write_text(json.dumps(configuration))
 
 
 def extensions() -> list[Extension]:

@@ -51,6 +51,7 @@ def test_defaults(script: ModuleType, machine: set[str]) -> None:
     assert switches.architectures == ("75-real", "80-real", "90-real", "120")
     assert switches.jobs >= 1
     assert (switches.debug, switches.werror, switches.emulated) == (False, False, False)
+    assert not switches.portable
     assert switches.sanitize == ()
 
 
@@ -62,6 +63,7 @@ def test_values_arrive(script: ModuleType, machine: set[str]) -> None:
             "MAX_JOBS": "3",
             "MMBAL_BUILD_EMULATED": "1",
             "MMBAL_FORCE_CUDA": "1",
+            "MMBAL_PORTABLE": "1",
             "MMBAL_SANITIZE": "address,undefined",
             "MMBAL_WERROR": "1",
             "TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX",
@@ -70,6 +72,7 @@ def test_values_arrive(script: ModuleType, machine: set[str]) -> None:
     assert switches.compiler == "c++ -pipe"
     assert switches.jobs == 3
     assert (switches.debug, switches.werror, switches.emulated) == (True, True, True)
+    assert switches.portable
     assert switches.sanitize == ("address", "undefined")
     assert switches.architectures == ("80-real", "90a-real", "120")
 
@@ -243,6 +246,17 @@ def test_the_host_compiler_that_is_named_is_what_nvcc_is_asked_about(
         script.Switches.read(environment)
     switches = script.Switches.read({**environment, "CUDAHOSTCXX": "g++-12"})
     assert switches.architectures == ("90-real",)
+
+
+def test_a_folder_called_cmake_is_not_taken_for_the_package(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cmake", ModuleType("cmake"))
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}")
+    assert script.find_tool("cmake", "CMAKE_BIN_DIR") == "/bin/cmake"
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    with pytest.raises(SystemExit, match="cmake must be installed"):
+        script.find_tool("cmake", "CMAKE_BIN_DIR")
 
 
 @pytest.mark.parametrize("name", ["pybind11", "cmake", "ninja"])
