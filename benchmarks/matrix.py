@@ -107,7 +107,7 @@ def install(wheel: Path, folder: Path, row: Row, *, made: bool) -> None:
 
 def pip(folder: Path, *arguments: str) -> None:
     """Runs ``pip install`` where no compiler is found."""
-    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *arguments]
+    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *arguments]
     subprocess.run(command, env=without_compiler(folder), check=True)
 
 
