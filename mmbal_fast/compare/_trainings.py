@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mmbal_fast
-from mmbal_fast._task import Loaders
+from mmbal_fast._task import Loader, Loaders
 from mmbal_fast.compare._network import Features, Network
 from mmbal_fast.fusion import ShuffleModality
 from mmbal_fast.nn import shapley_logits
@@ -101,11 +101,14 @@ class UnimodalLosses(Training):
 
     trains_heads = True
 
+    def losses(self, features: Features, target: Tensor) -> dict[str, Tensor]:
+        """``"fused"``, and of each modality's head."""
+        logits = {"fused": self.network.fuse(features), **self.network.unimodal(features)}
+        return {name: cross_entropy(each, target) for name, each in logits.items()}
+
     def loss(self, features: Features, target: Tensor) -> Tensor:
         """``L(fused) + sum_m L(head_m)``."""
-        heads = self.network.unimodal(features).values()
-        losses = [cross_entropy(each, target) for each in (self.network.fuse(features), *heads)]
-        return torch.stack(losses).sum()
+        return torch.stack(list(self.losses(features, target).values())).sum()
 
 
 class Independent(UnimodalLosses):
@@ -219,6 +222,108 @@ class ModulatedAdamW(Modulated):
         """Keeps the gradients, then modulates."""
         self.adamw.keep_gradients()
         super().before_update(features, target)
+
+
+class ModulatedLosses(UnimodalLosses):
+    """Unimodal losses with MLB, which scales the encoders' gradients by the heads' scores."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.mlb = mmbal_fast.MLB(setup.network.model.encoders, alpha=0.8)
+
+    @torch.no_grad()
+    def before_update(self, features: Features, target: Tensor) -> None:
+        """Scores from each modality's head."""
+        self.mlb.step(self.network.unimodal(features), target)
+
+
+class Held(UnimodalLosses):
+    """Unimodal losses with InfoReg, which holds the encoder that is ahead near its weights."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.inforeg = mmbal_fast.InfoReg(setup.network.model.encoders)
+
+    def prepare(self) -> None:
+        """Keeps the weights of the first epoch."""
+        self.inforeg.start_epoch()
+
+    @torch.no_grad()
+    def before_update(self, features: Features, target: Tensor) -> None:
+        """Scores from each modality's head."""
+        self.inforeg.step(self.network.unimodal(features), target)
+
+    def end_epoch(self) -> None:
+        """Keeps the weights of the next epoch."""
+        self.inforeg.start_epoch()
+
+
+class Combined(UnimodalLosses):
+    """Unimodal losses whose two gradients of each encoder MMPareto combines."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.pareto = mmbal_fast.MMPareto(setup.network.model.encoders)
+
+    def step(self, inputs: Mapping[str, Tensor], target: Tensor) -> None:
+        """One step of the optimizer."""
+        losses = self.losses(self.network.encode(inputs), target)
+        self.optimizer.zero_grad()
+        self.pareto.backward(losses)
+        self.pareto.step()
+        self.optimizer.step()
+
+
+class Probed(Training):
+    """Joint training, slowed down where the accuracy of a head on detached features gains most."""
+
+    trains_heads = True
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.method = mmbal_fast.MetricModulation(setup.network.model.encoders)
+
+    def loss(self, features: Features, target: Tensor) -> Tensor:
+        """``L(fused) + sum_m L(head_m of detached features)``."""
+        heads = self.network.unimodal({name: each.detach() for name, each in features.items()})
+        logits = (self.network.fuse(features), *heads.values())
+        return torch.stack([cross_entropy(each, target) for each in logits]).sum()
+
+    @torch.no_grad()
+    def before_update(self, features: Features, target: Tensor) -> None:
+        """Metrics from each modality's head."""
+        self.method.step(self.network.unimodal(features), target)
+
+
+class Relearned(Training):
+    """Joint training; three times, evenly spread, encoders that memorize are pulled back."""
+
+    TIMES = 3
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.relearning = mmbal_fast.Relearning(setup.network.model.encoders)
+        self.epoch = 0
+
+    def end_epoch(self) -> None:
+        """Measures the purities and pulls back, where it is time."""
+        self.epoch += 1
+        parts = self.TIMES + 1
+        if self.epoch in {part * self.setup.epochs // parts for part in range(1, parts)}:
+            train, held_out = map(self._purities, self.setup.loaders[:2])
+            gaps = {name: train[name] - held_out[name] for name in self.network.names}
+            self.relearning.step(gaps, optimizer=self.optimizer)
+
+    @torch.no_grad()
+    def _purities(self, loader: Loader) -> dict[str, float]:
+        self.network.eval()
+        batches = [(self.network.encode(inputs), target) for inputs, target in loader]
+        self.network.train()
+        labels = torch.cat([target for _, target in batches])
+        return {
+            name: mmbal_fast.purity(torch.cat([each[name] for each, _ in batches]), labels)
+            for name in self.network.names
+        }
 
 
 class Joined(UnimodalLosses):
@@ -359,6 +464,11 @@ TRAININGS: dict[str, Callable[[Setup], Training]] = {
     "ogm-ge": partial(Modulated, method=partial(_ogm, noise=1.0)),
     "ogm-adamw": partial(ModulatedAdamW, method=_ogm),
     "agm": Adaptive,
+    "mlb": ModulatedLosses,
+    "metric": Probed,
+    "info-reg": Held,
+    "mmpareto": Combined,
+    "relearning": Relearned,
     "blending": Blended,
     "mmtm": partial(Joined, balanced=False),
     "mmtm-greedy": partial(Joined, balanced=True),
