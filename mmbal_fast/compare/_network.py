@@ -36,8 +36,10 @@ class Network(nn.Module):
             self.classes = model.fuse(features).shape[1]
         model.train()
         self.names = tuple(features)
+        self.widths = {name: each.shape[1] for name, each in features.items()}
+        """``D_m`` of each modality."""
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(each.shape[1], self.classes) for name, each in features.items()}
+            {name: nn.Linear(width, self.classes) for name, width in self.widths.items()}
         )
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmbal_fast.compare._trainings import Blended, Outputs, Training
 from mmbal_fast.fusion import LogLinearPool, TypicalityGate
+from mmbal_fast.fusion.typicality_gate import Mode
 
 
 class Seen(NamedTuple):
@@ -48,8 +49,8 @@ def _product(seen: Seen) -> Prediction:
 def _gate(seen: Seen, batch: int | None) -> Prediction:
     """`TypicalityGate`: soft without a batch size, hard on unlabelled batches of that size."""
     network = seen.training.network
-    widths = {name: head.in_features for name, head in network.heads.items()}
-    gate = TypicalityGate(widths, network.classes, mode="soft" if batch is None else "hard")  # type: ignore[arg-type]
+    mode: Mode = "soft" if batch is None else "hard"
+    gate = TypicalityGate(network.widths, network.classes, mode=mode)
     gate.fit([(seen.train.features, seen.train_target)], [seen.validation.features], progress=False)
 
     def predict(outputs: Outputs) -> Tensor:

@@ -27,6 +27,11 @@ class Row:
     """
     optimizers: tuple[str, ...] = ("sgd", "adamw")
 
+    @property
+    def way(self) -> str:
+        """The key of `_predictions.PREDICTIONS` that it asks of a run."""
+        return "fused" if self.prediction == "alone" else self.prediction
+
 
 UNLABELLED = "unlabelled validation inputs"
 PRIOR = "prior: the modality that is slowest to learn is the one to trust"
@@ -40,7 +45,7 @@ ROWS = {
         Row("independent-mean", "independent, mean of heads", "independent", "mean"),
         Row("independent-product", "independent, product of heads", "independent", "product"),
         Row("ogm", "OGM", "ogm"),
-        Row("ogm-adamw", "OGM, mmbal_fast.optim.AdamW", "ogm-adamw", optimizers=("adamw",)),
+        Row("ogm-adamw", "OGM, second moment unmodulated", "ogm-adamw", optimizers=("adamw",)),
         Row("ogm-ge", "OGM-GE", "ogm-ge"),
         Row("agm", "AGM", "agm"),
         Row("mlb", "MLB, fused head", "mlb"),

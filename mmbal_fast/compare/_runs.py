@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,6 +54,11 @@ def run_all(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return {run: out[run] for run in runs}
+
+
+def best(tried: Iterable[tuple[Run, dict[str, Any]]], way: str) -> tuple[Run, dict[str, Any]]:
+    """The run that predicts the validation samples best in a way; of equals the first."""
+    return max(tried, key=lambda each: each[1]["ways"][way]["validation"])
 
 
 def work(run: Run, ways: Sequence[str], directory: Path, corrupted: bool) -> dict[str, Any]:

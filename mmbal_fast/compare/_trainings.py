@@ -337,8 +337,7 @@ class Joined(UnimodalLosses):
     def __init__(self, setup: Setup, balanced: bool) -> None:
         super().__init__(setup)
         network = setup.network
-        widths = [network.heads[name].in_features for name in network.names]
-        self.mmtm = mmbal_fast.nn.MMTM(widths)  # type: ignore[arg-type]
+        self.mmtm = mmbal_fast.nn.MMTM(list(network.widths.values()))
         self.optimizer.add_param_group({"params": list(self.mmtm.parameters())})
         self.balancing: mmbal_fast.GreedyBalancing | None = None
         if balanced:
@@ -401,7 +400,10 @@ class Blended(Training):
             self.network,
             self.blending.names,
             self._train_epoch,
-            lambda network: tuple(map(self._losses, self.setup.loaders[:2])),  # type: ignore[arg-type, return-value]
+            lambda network: (
+                self._losses(self.setup.loaders.train),
+                self._losses(self.setup.loaders.validation),
+            ),
             epochs=max(1, self.setup.epochs // 5),
             restore=[self.optimizer],
             verbose=False,
@@ -427,7 +429,7 @@ class Blended(Training):
             self.step(inputs, target)
 
     @torch.no_grad()
-    def _losses(self, loader: Any) -> Tensor:
+    def _losses(self, loader: Loader) -> Tensor:
         """Mean of each head's loss over the samples."""
         self.network.eval()
         total, count = torch.zeros(len(self.blending.names), dtype=torch.float64), 0
@@ -449,8 +451,7 @@ def _agm(setup: Setup) -> mmbal_fast.AGM:
     network = setup.network
     if network.head is None:
         return mmbal_fast.AGM(network.model.encoders)
-    widths = {name: network.heads[name].in_features for name in network.names}
-    return mmbal_fast.AGM(network.model.encoders, head=network.head, widths=widths)  # type: ignore[arg-type]
+    return mmbal_fast.AGM(network.model.encoders, head=network.head, widths=network.widths)
 
 
 TRAININGS: dict[str, Callable[[Setup], Training]] = {

@@ -150,9 +150,10 @@ def evaluate(
         training.load_state_dict(state)
         network, loaders = training.network, training.setup.loaders
         network.eval()
-        seen = Seen(training, *(x for each in loaders[:2] for x in _outputs(training, each)))  # type: ignore[arg-type]
+        train, train_target = _outputs(training, loaders.train)
+        validation, validation_target = _outputs(training, loaders.validation)
         test, target = _outputs(training, loaders.test)
-        validation, validation_target = seen.validation, seen.validation_target
+        seen = Seen(training, train, train_target, validation, validation_target)
         predictions = {way: PREDICTIONS[way](seen) for way in ways}
         out: dict[str, Any] = {"step_ms": state["step_ms"], "ways": {}}
         for way, predict in predictions.items():

@@ -213,10 +213,10 @@ class ShuffleModality(FeatureMethod):
             like, seed=self.seed, step=self._counter, tensor_id=stream, offset=rank << 32
         )
 
-    def _checked_anchor(self, op: str, anchor: Any) -> str | None:
+    def _checked_anchor(self, op: str, anchor: str | None) -> str | None:
         if anchor is not None and anchor not in self.names:
             raise ValueError(f"{op}: anchor must be one of {list(self.names)} (got {anchor!r})")
-        return anchor  # type: ignore[no-any-return]
+        return anchor
 
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "anchor": self._anchor or "", "seen": self._seen.tolist()}

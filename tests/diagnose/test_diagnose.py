@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def trained(train: Batches, *, balanced: bool) -> MultiHeadLateFusion:
     for _ in range(EPOCHS):
         for inputs, target in train:
             logits = model(inputs)
-            heads = logits if balanced else ["fused"]
+            heads = list(logits) if balanced else ["fused"]
             optimizer.zero_grad()
-            sum(cross_entropy(logits[name], target) for name in heads).backward()  # type: ignore[union-attr]
+            torch.stack([cross_entropy(logits[name], target) for name in heads]).sum().backward()
             optimizer.step()
     return model
 
@@ -116,13 +117,9 @@ def one_hot(count: int = 300, classes: int = 3, shift: float = 0.0) -> Batches:
     return list(zip(split, target.split(70), strict=True))
 
 
-def found_of(model: nn.Module, validation: Batches | None = None, **options: object) -> Diagnosis:
-    return diagnose(
-        model,  # type: ignore[arg-type]
-        one_hot(),
-        validation or one_hot(),
-        **{"epochs": 1, "optimizer": sgd} | options,  # type: ignore[arg-type]
-    )
+def found_of(model: Any, validation: Batches | None = None, **options: Any) -> Diagnosis:
+    settings: dict[str, Any] = {"epochs": 1, "optimizer": sgd} | options
+    return diagnose(model, one_hot(), validation or one_hot(), **settings)
 
 
 def test_share_muted_and_shuffled() -> None:
@@ -213,9 +210,9 @@ def test_encoders_start_anew_and_train_for_the_epochs() -> None:
     made, steps = [], []
 
     class Counting(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             steps.append(len(self.param_groups[0]["params"]))
-            super().step(closure)
+            return super().step(closure)
 
     def fresh(name: str) -> nn.Module:
         made.append(name)
@@ -247,7 +244,8 @@ def test_table_and_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[4] == found.advice
     assert all(len(line) <= 80 for line in table[:4])
     left, middle, right = found.plot().axes
-    heights = [patch.get_height() for axes in (left, middle, right) for patch in axes.patches]  # type: ignore[attr-defined]
+    bars = [bar for axes in (left, middle, right) for bars in axes.containers for bar in bars]
+    heights = [bar.get_height() for bar in bars]
     expected = torch.cat([found.probe, found.alone, found.muted, found.shuffled, found.share])
     torch.testing.assert_close(torch.tensor(heights, dtype=torch.float64), expected)
 

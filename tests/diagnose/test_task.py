@@ -18,7 +18,7 @@ class Fusing(nn.Module):
         self.encoders = encoders
 
     def fuse(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum(features.values())  # type: ignore[return-value]
+        return torch.stack(list(features.values())).sum(dim=0)
 
 
 def two() -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast.fusion import TypicalityGate
+from mmbal_fast.fusion.typicality_gate import Mode
 
 WIDTHS = {"audio": 4, "image": 7, "text": 2}
 CLASSES = 3
-MODES = ["soft", "hard"]
+MODES: list[Mode] = ["soft", "hard"]
 
 Features = dict[str, Tensor]
 
@@ -51,7 +52,9 @@ def some_logits(count: int, dtype: torch.dtype = torch.float64) -> Features:
     }
 
 
-def batches(features: Features, target: Tensor, sizes: list[int]) -> list[tuple[Features, Tensor]]:
+def batches(
+    features: Features, target: Tensor, sizes: list[int] | int
+) -> list[tuple[Features, Tensor]]:
     pieces = {name: each.split(sizes) for name, each in features.items()}
     return [
         ({name: each[i] for name, each in pieces.items()}, part)
@@ -73,8 +76,8 @@ def by_hand(
     for m in WIDTHS:
         z, y_ = train[m].numpy(), y.numpy()
         mu = np.stack([z[y_ == c].mean(axis=0) for c in range(CLASSES)])
-        s = sum(np.outer(row, row) for row in z - mu[y_]) / len(z)
-        s = (1 - shrinkage) * s + shrinkage * np.diag(s).mean() * np.eye(len(s))  # type: ignore[arg-type]
+        s = np.stack([np.outer(row, row) for row in z - mu[y_]]).mean(axis=0)
+        s = (1 - shrinkage) * s + shrinkage * np.diag(s).mean() * np.eye(len(s))
         inverse = np.linalg.inv(s)
 
         def distance(x: Tensor, mu: np.ndarray = mu, inverse: np.ndarray = inverse) -> np.ndarray:
@@ -105,8 +108,8 @@ def shifted(count: int = 20) -> Features:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_formulas(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_formulas(gate: TypicalityGate, mode: Mode) -> None:
+    gate.mode = mode
     test, logits = shifted(), some_logits(20)
     expected = by_hand(test, logits, mode)
     np.testing.assert_allclose(gate(test, logits).numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -120,9 +123,9 @@ def test_formulas(gate: TypicalityGate, mode: str) -> None:
         ("hard", {"threshold": -3.0}, {"threshold": -0.5}),
     ],
 )
-def test_settings_reach_the_formulas(mode: str, default: dict, other: dict) -> None:
+def test_settings_reach_the_formulas(mode: Mode, default: dict, other: dict) -> None:
     test, logits = sample(20, 2)[0], some_logits(20)
-    gate = TypicalityGate(WIDTHS, CLASSES, mode=mode, **other)  # type: ignore[arg-type]
+    gate = TypicalityGate(WIDTHS, CLASSES, mode=mode, **other)
     gate.fit([sample(60, 0)], [sample(40, 1)[0]])
     expected = by_hand(test, logits, mode, **other)
     np.testing.assert_allclose(gate(test, logits).numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -166,9 +169,9 @@ def test_features_far_from_zero_do_not_cancel(gate: TypicalityGate) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_computes_in_float32(
-    gate: TypicalityGate, mode: str, dtype: torch.dtype
+    gate: TypicalityGate, mode: Mode, dtype: torch.dtype
 ) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+    gate.mode = mode
     test = {name: each.to(dtype) for name, each in shifted().items()}
     logits = some_logits(20, dtype)
     wide = gate({n: z.float() for n, z in test.items()}, {n: x.float() for n, x in logits.items()})
@@ -208,15 +211,15 @@ def test_state_dict(gate: TypicalityGate) -> None:
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
-def test_copies(gate: TypicalityGate, twin: object) -> None:
+def test_copies(gate: TypicalityGate, twin: Callable[[TypicalityGate], TypicalityGate]) -> None:
     gate.mode = "hard"
     test, logits = shifted(), some_logits(20)
-    assert torch.equal(twin(gate)(test, logits), gate(test, logits))  # type: ignore[operator]
+    assert torch.equal(twin(gate)(test, logits), gate(test, logits))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_export_for_any_batch_size(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_export_for_any_batch_size(gate: TypicalityGate, mode: Mode) -> None:
+    gate.mode = mode
     batch = torch.export.Dim("batch", min=2)
     shapes = {name: {0: batch} for name in WIDTHS}
     program = torch.export.export(
@@ -228,8 +231,8 @@ def test_export_for_any_batch_size(gate: TypicalityGate, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("missing", [None, "text"])
-def test_compiles_in_one_graph(gate: TypicalityGate, mode: str, missing: str | None) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_compiles_in_one_graph(gate: TypicalityGate, mode: Mode, missing: str | None) -> None:
+    gate.mode = mode
     test, logits = shifted(), some_logits(20)
     if missing:
         test[missing] = logits[missing] = None
@@ -238,15 +241,15 @@ def test_compiles_in_one_graph(gate: TypicalityGate, mode: str, missing: str | N
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_missing_modality_has_no_say(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_a_missing_modality_has_no_say(gate: TypicalityGate, mode: Mode) -> None:
+    gate.mode = mode
     test, logits = shifted(), some_logits(20)
     test["audio"] = logits["audio"] = None
     assert (gate.weights(test)[:, 0] == 0).all()
 
     rest = {name: width for name, width in WIDTHS.items() if name != "audio"}
     (train, target), (held_out, _) = sample(60, 0), sample(40, 1)
-    without = TypicalityGate(rest, CLASSES, mode=mode).fit(  # type: ignore[arg-type]
+    without = TypicalityGate(rest, CLASSES, mode=mode).fit(
         [({name: train[name] for name in rest}, target)], [{name: held_out[name] for name in rest}]
     )
     expected = without({n: test[n] for n in rest}, {n: logits[n] for n in rest})
@@ -256,9 +259,9 @@ def test_a_missing_modality_has_no_say(gate: TypicalityGate, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_a_missing_one(
-    gate: TypicalityGate, mode: str, value: float
+    gate: TypicalityGate, mode: Mode, value: float
 ) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+    gate.mode = mode
     test, logits = sample(20, 2)[0], some_logits(20)
     complete = gate(test, logits)
     broken = {name: each.clone() for name, each in test.items()}
@@ -277,8 +280,8 @@ def test_a_row_that_is_not_finite_is_a_missing_one(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_sample_without_any_modality_predicts_nan(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_a_sample_without_any_modality_predicts_nan(gate: TypicalityGate, mode: Mode) -> None:
+    gate.mode = mode
     test, logits = sample(20, 2)[0], some_logits(20)
     for each in test.values():
         each[5] = float("nan")
@@ -288,8 +291,8 @@ def test_a_sample_without_any_modality_predicts_nan(gate: TypicalityGate, mode: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_log_probabilities(gate: TypicalityGate, mode: str) -> None:
-    gate.mode = mode  # type: ignore[assignment]
+def test_log_probabilities(gate: TypicalityGate, mode: Mode) -> None:
+    gate.mode = mode
     total = gate(shifted(), some_logits(20)).exp().sum(dim=1)
     torch.testing.assert_close(total, torch.ones_like(total))
 
@@ -444,7 +447,7 @@ def test_bad_data_changes_nothing(gate: TypicalityGate, case: str) -> None:
     train, held_out, error, message = BAD_DATA[case]
     before = copy.deepcopy(gate.state_dict())
     with pytest.raises(error, match=f"TypicalityGate.fit: .*{message}"):
-        gate.fit(train, held_out)  # type: ignore[arg-type]
+        gate.fit(train, held_out)
     for name, value in gate.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -511,8 +514,8 @@ class Sensors:
         """The best classifier of each modality alone."""
         return {n: -0.5 * torch.cdist(z, self.means[n]).square() for n, z in features.items()}
 
-    def gate(self, mode: str) -> TypicalityGate:
-        gate = TypicalityGate(dict.fromkeys(self.names, self.width), self.classes, mode=mode)  # type: ignore[arg-type]
+    def gate(self, mode: Mode) -> TypicalityGate:
+        gate = TypicalityGate(dict.fromkeys(self.names, self.width), self.classes, mode=mode)
         return gate.fit([self.sample(1000)], [self.sample(300)[0]])
 
 
@@ -520,13 +523,17 @@ def accuracy(log_probs: Tensor, target: Tensor) -> float:
     return 100.0 * (log_probs.argmax(dim=1) == target).double().mean().item()
 
 
+def product(logits: Features) -> Tensor:
+    return torch.stack([each.log_softmax(dim=1) for each in logits.values()]).sum(dim=0)
+
+
 def told(logits: Features, dropped: str) -> Tensor:
     """Product of the predictions of all modalities but one."""
-    return sum(each.log_softmax(dim=1) for name, each in logits.items() if name != dropped)  # type: ignore[return-value]
+    return product({name: each for name, each in logits.items() if name != dropped})
 
 
 def in_batches(gate: TypicalityGate, features: Features, logits: Features, size: int) -> Tensor:
-    pieces = batches(features, torch.arange(len(next(iter(features.values())))), size)  # type: ignore[arg-type]
+    pieces = batches(features, torch.arange(len(next(iter(features.values())))), size)
     return torch.cat([gate(each, {n: x[rows] for n, x in logits.items()}) for each, rows in pieces])
 
 
@@ -537,8 +544,7 @@ def with_noise(
     noise = torch.randn(features[noisy].shape, generator=sensors.generator)
     broken = features | {noisy: features[noisy] + 3 * features[noisy].std(dim=0) * noise}
     logits = sensors.logits(broken)
-    trusting = sum(each.log_softmax(dim=1) for each in logits.values())
-    return broken, accuracy(told(logits, noisy), target), accuracy(trusting, target)  # type: ignore[arg-type]
+    return broken, accuracy(told(logits, noisy), target), accuracy(product(logits), target)
 
 
 @pytest.mark.parametrize("noisy", Sensors.names)
@@ -568,7 +574,7 @@ def test_soft_sees_the_noise_but_pays_for_weights_that_differ_by_chance(noisy: s
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_modality_that_misleads_but_looks_typical_passes(mode: str) -> None:
+def test_a_modality_that_misleads_but_looks_typical_passes(mode: Mode) -> None:
     """The limit of the gate: features that belong to another sample are as typical as any."""
     sensors = Sensors(0)
     gate = sensors.gate(mode)
