@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmbal_fast import functional, fusion, nn, optim, reference
+from mmbal_fast import functional, fusion, nn, reference
 from mmbal_fast._version import __version__
 from mmbal_fast.measures import *  # noqa: F403
 from mmbal_fast.measures import __all__ as _measures
@@ -16,7 +16,6 @@ __all__ = [
     "functional",
     "fusion",
     "nn",
-    "optim",
     "reference",
     *_measures,
     *_methods,

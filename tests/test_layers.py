@@ -18,7 +18,7 @@ LAYERS = (
     ("training",),
     ("fusion",),
     ("measures",),
-    ("methods", "optim"),
+    ("methods",),
     ("integrations",),
     ("compare",),
     ("demo",),

@@ -137,8 +137,6 @@ def run(
             grid = getattr(task, "rates", _trial.RATES)[optimizer][:rates]
             for seed in range(seeds):
                 for row in rows:
-                    if optimizer not in row.optimizers:
-                        continue
                     for rate in grid:
                         spec = _trial.Run(
                             each, optimizer, row.training, rate, seed, length, str(files)

@@ -25,7 +25,6 @@ class Row:
 
     Every row uses labelled validation samples to choose its learning rate.
     """
-    optimizers: tuple[str, ...] = ("sgd", "adamw")
 
     @property
     def way(self) -> str:
@@ -45,7 +44,6 @@ ROWS = {
         Row("independent-mean", "independent, mean of heads", "independent", "mean"),
         Row("independent-product", "independent, product of heads", "independent", "product"),
         Row("ogm", "OGM", "ogm"),
-        Row("ogm-adamw", "OGM, second moment unmodulated", "ogm-adamw", optimizers=("adamw",)),
         Row("ogm-ge", "OGM-GE", "ogm-ge"),
         Row("agm", "AGM", "agm"),
         Row("mlb", "MLB, fused head", "mlb"),

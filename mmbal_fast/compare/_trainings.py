@@ -207,23 +207,6 @@ class Adaptive(Modulated):
         self.method.step(self.network.shares(features, shapley_logits), target)
 
 
-class ModulatedAdamW(Modulated):
-    """The same, with an AdamW whose second moment does not see the modulation."""
-
-    def __init__(self, setup: Setup, method: Callable[[Setup], Any]) -> None:
-        super().__init__(setup, method)
-        (group,) = setup.optimizer.param_groups
-        self.adamw = mmbal_fast.optim.AdamW(
-            group["params"], lr=group["lr"], weight_decay=group["weight_decay"], fused=True
-        )
-        self.optimizer = self.adamw
-
-    def before_update(self, features: Features, target: Tensor) -> None:
-        """Keeps the gradients, then modulates."""
-        self.adamw.keep_gradients()
-        super().before_update(features, target)
-
-
 class ModulatedLosses(UnimodalLosses):
     """Unimodal losses with MLB, which scales the encoders' gradients by the heads' scores."""
 
@@ -463,7 +446,6 @@ TRAININGS: dict[str, Callable[[Setup], Training]] = {
     "shuffle": Shuffled,
     "ogm": partial(Modulated, method=_ogm),
     "ogm-ge": partial(Modulated, method=partial(_ogm, noise=1.0)),
-    "ogm-adamw": partial(ModulatedAdamW, method=_ogm),
     "agm": Adaptive,
     "mlb": ModulatedLosses,
     "metric": Probed,

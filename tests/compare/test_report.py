@@ -38,7 +38,6 @@ def test_rows_are_of_known_trainings_and_predictions():
         assert row.key == key
         assert row.training in TRAININGS
         assert row.prediction in (*PREDICTIONS, "alone")
-        assert set(row.optimizers) <= {"sgd", "adamw"}
     assert {row.training for row in ROWS.values()} == set(TRAININGS)
     assert {row.prediction for row in ROWS.values()} == {"alone", *PREDICTIONS}
 

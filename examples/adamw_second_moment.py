@@ -1,4 +1,16 @@
-"""AdamW that does not normalise a modulation away."""
+"""An AdamW that does not normalise a modulation away: no part of the library, for want of a gain.
+
+    python examples/adamw_second_moment.py
+
+OGM (`OGMGE` with ``noise=0``) with this AdamW against OGM-GE with torch's, test accuracy in points,
+five seeds, paired, with standard error: views +0.02 ± 0.06, watch +0.65 ± 0.45, omics -0.52 ± 0.87.
+On no real data set it gains more than two standard errors. Settings: docs/compare.md; numbers:
+benchmarks/results/compare/second_moment.csv. It prints how far a coefficient of 0.25 moves a
+weight:
+
+    torch: -0.1000
+    second moment unmodulated: -0.0250
+"""
 
 from __future__ import annotations
 
@@ -18,9 +30,9 @@ class AdamW(torch.optim.AdamW):
 
         m <- b1 m + (1 - b1) g',    v <- b2 v + (1 - b2) g^2
 
-    Not from a paper; no real data set has shown a gain yet. For modulation without noise, `OGMGE`
-    with ``noise=0``: noise of a tensor's deviation is large against the second moment of those
-    elements whose gradients are small, which then take steps of many learning rates.
+    Not from a paper. For modulation without noise, `OGMGE` with ``noise=0``: noise of a tensor's
+    deviation is large against the second moment of those elements whose gradients are small, which
+    then take steps of many learning rates.
 
     Call `keep_gradients` between ``backward`` (and ``GradScaler.unscale_``) and the method's step.
     Without it, and wherever a method leaves a gradient as it is, parameters and state are those of
@@ -32,19 +44,6 @@ class AdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: as torch does, and if the first of ``betas`` is 0.
-
-    Example:
-        >>> import torch
-        >>> import mmbal_fast
-        >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = mmbal_fast.optim.AdamW([weight], lr=0.1)
-        >>> weight.grad = torch.tensor([4.0])
-        >>> optimizer.keep_gradients()
-        >>> _ = weight.grad.mul_(0.25)  # what OGM does to a modality that dominates
-        >>> optimizer.step()
-        >>> weight
-        Parameter containing:
-        tensor([-0.0250], requires_grad=True)
     """
 
     _kept: dict[nn.Parameter, Tensor]
@@ -104,3 +103,20 @@ class AdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._kept = {}
+
+
+def main() -> None:
+    """One step with each."""
+    for name, kind in {"torch": torch.optim.AdamW, "second moment unmodulated": AdamW}.items():
+        weight = nn.Parameter(torch.zeros(()))
+        optimizer = kind([weight], lr=0.1)
+        weight.grad = torch.tensor(4.0)
+        if isinstance(optimizer, AdamW):
+            optimizer.keep_gradients()
+        weight.grad *= 0.25  # as OGM does to a modality that dominates
+        optimizer.step()
+        print(f"{name}: {weight.item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import mmbal_fast
+NAME = "adamw_second_moment"
+SPEC = importlib.util.spec_from_file_location(
+    NAME, Path(__file__).parents[2] / "examples" / f"{NAME}.py"
+)
+example = importlib.util.module_from_spec(SPEC)
+sys.modules[NAME] = example  # where pickle looks
+SPEC.loader.exec_module(example)
+AdamW: Any = example.AdamW
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -38,7 +48,7 @@ def fill(params: list[nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize("keeps", [False, True])
 def test_without_modulation_it_is_torchs_bit_for_bit(case, keeps):
     ours, theirs = parameters(), parameters()
-    mine = mmbal_fast.optim.AdamW(ours, lr=0.1, **case)
+    mine = AdamW(ours, lr=0.1, **case)
     torchs = torch.optim.AdamW(theirs, lr=0.1, **case)
     for step in range(5):
         fill(ours, step)
@@ -58,7 +68,7 @@ def test_without_modulation_it_is_torchs_bit_for_bit(case, keeps):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_moments_see_what_they_should(case):
     (weight,) = params = [nn.Parameter(torch.randn(4, 3, dtype=torch.float64))]
-    optimizer = mmbal_fast.optim.AdamW(params, lr=0.1, **case)
+    optimizer = AdamW(params, lr=0.1, **case)
     b1, b2 = optimizer.param_groups[0]["betas"]
     sign = -1 if case.get("maximize") else 1
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -78,25 +88,25 @@ def test_moments_see_what_they_should(case):
 
 def test_a_steady_coefficient_scales_the_update():
     updates = {}
-    for kind in (mmbal_fast.optim.AdamW, torch.optim.AdamW):
+    for kind in (AdamW, torch.optim.AdamW):
         for k in (1.0, 0.25):
             weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
             optimizer = kind([weight], lr=0.1, weight_decay=0.0, eps=0.0)
             for step in range(3):
                 weight.grad = torch.tensor([1.0, -2.0, 5.0 + step], dtype=torch.float64)
-                if isinstance(optimizer, mmbal_fast.optim.AdamW):
+                if isinstance(optimizer, AdamW):
                     optimizer.keep_gradients()
                 weight.grad *= k
                 optimizer.step()
             updates[kind, k] = weight.detach()
-    ours, theirs = mmbal_fast.optim.AdamW, torch.optim.AdamW
+    ours, theirs = AdamW, torch.optim.AdamW
     torch.testing.assert_close(updates[ours, 0.25], 0.25 * updates[ours, 1.0])
     torch.testing.assert_close(updates[theirs, 0.25], updates[theirs, 1.0])
 
 
 def test_what_was_kept_serves_one_step():
     ours, theirs = parameters(), parameters()
-    mine, torchs = mmbal_fast.optim.AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    mine, torchs = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
     for step in (0, 1):
         fill(ours, step)
         fill(theirs, step)
@@ -109,7 +119,7 @@ def test_what_was_kept_serves_one_step():
 
 def test_hooks_run_once_and_closures_work():
     (weight,) = params = [nn.Parameter(torch.ones(2))]
-    optimizer = mmbal_fast.optim.AdamW(params, lr=0.1)
+    optimizer = AdamW(params, lr=0.1)
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -129,7 +139,7 @@ def test_hooks_run_once_and_closures_work():
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_scaler_skips_leave_no_trace(fused):
     (weight,) = params = [nn.Parameter(torch.ones(2))]
-    optimizer = mmbal_fast.optim.AdamW(params, lr=0.1, fused=fused)
+    optimizer = AdamW(params, lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     seen = []
     for factor in (1.0, float("inf"), 1.0):
@@ -149,7 +159,7 @@ def test_steps_that_a_scaler_skips_leave_no_trace(fused):
 
 def test_state_goes_to_torchs_and_back_and_copies_work():
     params = parameters()
-    optimizer = mmbal_fast.optim.AdamW(params, lr=0.1)
+    optimizer = AdamW(params, lr=0.1)
     fill(params, 0)
     optimizer.step()
     plain = torch.optim.AdamW(parameters(), lr=0.1)
@@ -164,6 +174,12 @@ def test_state_goes_to_torchs_and_back_and_copies_work():
     assert torch.equal(params[0], twin.param_groups[0]["params"][0])
 
 
+def test_it_prints_what_its_header_says(capsys):
+    example.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [line.strip() for line in example.__doc__.split("\n\n")[-1].splitlines()]
+
+
 def test_a_first_moment_is_needed():
     with pytest.raises(ValueError, match=r"AdamW: betas must have a first above 0 \(got 0"):
-        mmbal_fast.optim.AdamW(parameters(), betas=(0.0, 0.9))
+        AdamW(parameters(), betas=(0.0, 0.9))
