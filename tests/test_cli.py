@@ -66,7 +66,8 @@ def test_a_module_of_ours_that_is_missing_is_no_missing_extra(monkeypatch):
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "SHOWN", ("alone", "joint", "gate16"))
+    shown = {"colored-digits": ("alone", "joint", "gate16"), "flat-digits": ("joint",)}
+    monkeypatch.setattr(demo, "SHOWN", shown)
     assert main(["demo", "--quick", "--jobs", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for label in ("gray alone", "color alone", "joint", "typicality gate, 16"):
