@@ -112,6 +112,19 @@ def check_model(op: str, model: object) -> None:
         )
 
 
+def check_features(op: str, features: Mapping[str, Tensor]) -> None:
+    """Refuses what is no ``[B, D]`` for each modality.
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    for name, each in features.items():
+        if each.ndim != 2:
+            raise ValueError(
+                f"{op}: the encoder of {name!r} must give features [B, D] (got {list(each.shape)})"
+            )
+
+
 def check_loader(op: str, name: str, loader: object, modalities: Iterable[str]) -> None:
     """Refuses what is no `Loader` of these modalities, by its first batch.
 
@@ -145,9 +158,9 @@ def check_loader(op: str, name: str, loader: object, modalities: Iterable[str]) 
             f"{op}: {name} must give the inputs of every modality "
             f"(got {list(inputs)}, none for {missing})"
         )
-    if target.ndim != 1 or target.is_floating_point():
+    if target.ndim != 1 or target.dtype != torch.int64:
         raise ValueError(
-            f"{op}: {name} must give integer labels [B] "
+            f"{op}: {name} must give int64 labels [B] "
             f"(got {target.dtype} of shape {list(target.shape)})"
         )
     if any(len(each) != len(target) for each in inputs.values()):

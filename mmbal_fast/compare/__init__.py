@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from mmbal_fast._task import Loaders as Loaders
 from mmbal_fast.compare._data import DATA, PACKAGES
 from mmbal_fast.compare._data import colored_digits as colored_digits
@@ -120,6 +122,8 @@ def run(
 
     Raises:
         MissingDataError: a file of a data set is missing.
+        TypeError: a module is no `Task`.
+        ValueError: likewise.
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
@@ -131,7 +135,8 @@ def run(
     tried: dict[tuple[str, str, int, Row], list[_trial.Run]] = {}
     for each in data:
         task = _trial.load_task(each, str(files))
-        task.loaders(0)  # so that a missing file is known before anything is trained
+        with torch.random.fork_rng(devices=[]):
+            _trial.setting(task, 0)  # what is wrong with it is known before anything is trained
         length = epochs or getattr(task, "epochs", _trial.EPOCHS)
         for optimizer in optimizers:
             grid = getattr(task, "rates", _trial.RATES)[optimizer][:rates]

@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from mmbal_fast._task import FusionModel, Loader, check_model, encode
+from mmbal_fast._task import FusionModel, Loader, check_features, check_model, encode
 from mmbal_fast.nn import masked_logits, unimodal_logits
 
 Features = Mapping[str, Tensor]
@@ -33,6 +33,7 @@ class Network(nn.Module):
         model.eval()
         with torch.no_grad():
             features = encode(model, inputs)
+            check_features("compare", features)
             self.classes = model.fuse(features).shape[1]
         model.train()
         self.names = tuple(features)

@@ -309,9 +309,12 @@ def table(data: str, optimizer: str, rows: Sequence[Summary]) -> Table:
     for name in ("accuracy, %", "to joint", "step"):
         out.add_column(name, justify="right", no_wrap=True)
     for each in rows:
-        label = each.first.label + (f"\n  [dim]{each.first.uses}[/dim]" if each.first.uses else "")
-        out.add_row(label, each.accuracy, each.difference.strip("*"), each.cost)
+        out.add_row(_named(each.first), each.accuracy, each.difference.strip("*"), each.cost)
     return out
+
+
+def _named(line: Line) -> str:
+    return line.label + (f"\n  [dim]{line.uses}[/dim]" if line.uses else "")
 
 
 def corrupted_table(data: str, optimizer: str, rows: Sequence[Summary]) -> Table | None:
@@ -321,13 +324,13 @@ def corrupted_table(data: str, optimizer: str, rows: Sequence[Summary]) -> Table
         return None
     title = f"{data}, {NAMES.get(optimizer, optimizer)}, one modality corrupted: accuracy, %"
     out = Table(title=title, title_justify="left")
-    out.add_column("row", max_width=21)
+    out.add_column("row, and what it uses", max_width=21)
     for name in ("clean", "told", *CORRUPTIONS):
         out.add_column(name, justify="right", no_wrap=True)
     for each in measured:
         values = [_mean(each, "accuracy"), _mean(each, "reference")]
         values += [mean(line.with_corrupted(kind) for line in each.lines) for kind in CORRUPTIONS]
-        out.add_row(each.first.label, *(f"{value:.1f}" for value in values))
+        out.add_row(_named(each.first), *(f"{value:.1f}" for value in values))
     return out
 
 

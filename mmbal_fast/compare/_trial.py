@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmbal_fast._task import Loader, Loaders, Task, check_loader
+from mmbal_fast._task import Loader, Loaders, Task, check_loader, check_model
 from mmbal_fast.compare._corruptions import CORRUPTIONS, scales
 from mmbal_fast.compare._data import DATA
 from mmbal_fast.compare._network import Network
@@ -63,6 +64,8 @@ def load_task(data: str, files: str) -> Task:
     spec = importlib.util.spec_from_file_location(Path(data).stem, data)
     assert spec is not None
     assert spec.loader is not None
+    if (directory := str(Path(data).parent)) not in sys.path:
+        sys.path.insert(0, directory)  # for what it imports, as if it were run
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not all(callable(getattr(module, name, None)) for name in ("model", "loaders")):
@@ -94,14 +97,24 @@ def _alone(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _make(spec: Run) -> Training:
-    """The network with its first weights: the same for all rows of a seed."""
-    task = load_task(spec.data, spec.files)
-    loaders = Loaders(*task.loaders(spec.seed))
-    torch.manual_seed(spec.seed)
-    network = Network(task.model(), loaders.train)
+def setting(task: Task, seed: int) -> tuple[Network, Loaders]:
+    """The network with its first weights, the same for all rows of a seed, and the data.
+
+    Raises:
+        TypeError: as `check_model` and `check_loader`.
+        ValueError: likewise, and features that are not ``[B, D]``.
+    """
+    loaders = Loaders(*task.loaders(seed))
+    torch.manual_seed(seed)
+    model = task.model()
+    check_model("compare", model)
     for name, loader in loaders._asdict().items():
-        check_loader("compare", name, loader, network.names)
+        check_loader("compare", name, loader, model.encoders)
+    return Network(model, loaders.train), loaders
+
+
+def _make(spec: Run) -> Training:
+    network, loaders = setting(load_task(spec.data, spec.files), spec.seed)
     optimizer = make_optimizer(spec.optimizer, network, spec.rate)
     return TRAININGS[spec.training](Setup(network, loaders, optimizer, spec.epochs, spec.seed))
 

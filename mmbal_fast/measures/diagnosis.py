@@ -345,11 +345,8 @@ class _Fused:
 
 
 def _features(op: str, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    _task.check_features(op, features)
     for name, each in features.items():
-        if each.ndim != 2:
-            raise ValueError(
-                f"{op}: the encoder of {name!r} must give features [B, D] (got {list(each.shape)})"
-            )
         if not bool(each.isfinite().all()):
             raise ValueError(f"{op}: features of {name!r} must be finite (got NaN or inf)")
     return features

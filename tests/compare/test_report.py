@@ -157,16 +157,15 @@ def test_no_row_hides_what_it_uses(capsys):
             if line.startswith(f"| {row.label} |"):
                 assert f"| {row.label} | {row.uses} |" in line
     rows = summaries(LINES)["toy", "sgd"]
-    Console(width=80).print(_report.table("toy", "sgd", rows))
-    shown = capsys.readouterr().out
-    words = shown.replace("│", " ").split()
-    Console(width=80).print(_report.corrupted_table("toy", "sgd", rows))
-    shown += capsys.readouterr().out
-    assert "…" not in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    for table in (_report.table, _report.corrupted_table):
+        Console(width=80).print(table("toy", "sgd", rows))
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        words = set(shown.replace("│", " ").split())
+        for row in ROWS.values():
+            assert set(row.uses.split()) <= words
     assert shown.count("34.0") == len(CORRUPTIONS) * (len(rows) - 1)  # not of each alone
-    for row in ROWS.values():
-        assert set(row.uses.split()) <= set(words)
 
 
 def test_the_demo_fits_80_columns(capsys):

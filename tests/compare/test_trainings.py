@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from types import ModuleType
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from mmbal_fast.compare._network import Network
 from mmbal_fast.compare._networks import FEATURES, LateFusion, signal_encoder
 from mmbal_fast.compare._predictions import PREDICTIONS, Seen, told
 from mmbal_fast.compare._trainings import TRAININGS, Outputs, Setup, Training
+from mmbal_fast.compare._trial import load_task, setting
 
 CLASSES = 3
 
@@ -198,13 +199,25 @@ def test_signal_encoders_see_windows():
     assert not torch.allclose(encoder(moved), encoder(x))
 
 
-def test_a_user_s_module_is_checked(tmp_path):
-    from mmbal_fast.compare._trial import load_task
+LABELS = torch.zeros(4, dtype=torch.int64)
 
+
+def test_a_user_s_module_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     path = tmp_path / "task.py"
     path.write_text("def model(): return 3\n")
     with pytest.raises(TypeError, match=r"compare: .* must define model and loaders"):
         load_task(str(path), "")
-    task = ModuleType("task")
+    (tmp_path / "neighbour.py").write_text("from examples.compare_task import loaders, model\n")
+    (tmp_path / "good.py").write_text("from neighbour import loaders, model\n")
+    task: Any = load_task(str(tmp_path / "good.py"), "")
+    assert setting(task, 0)[0].names == ("vibration", "sound")
+    task.model = lambda: 3
     with pytest.raises(TypeError, match=r"compare: model must be an nn\.Module"):
-        Network(task, [])
+        setting(task, 0)
+    task.model = lambda: LateFusion({name: nn.Linear(1, 2) for name in "ab"}, CLASSES)
+    with pytest.raises(ValueError, match=r"compare: train must give .* none for \['a', 'b'\]"):
+        setting(task, 0)
+    task.loaders = lambda seed: 3 * [[({name: torch.ones(4, 5, 1) for name in "ab"}, LABELS)]]
+    with pytest.raises(ValueError, match=r"the encoder of 'a' must give features \[B, D\]"):
+        setting(task, 0)

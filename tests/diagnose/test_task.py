@@ -78,7 +78,8 @@ def test_a_list_of_batches_is_a_loader() -> None:
         ([BATCH[0]], TypeError, r"inputs by modality, target\) \(got dict\)"),
         ([(*BATCH, 1)], TypeError, r"got \['dict', 'Tensor', 'int'\]"),
         ([({"audio": BATCH[0]["audio"]}, BATCH[1])], ValueError, r"none for \['image'\]"),
-        ([(BATCH[0], torch.zeros(4, 5))], ValueError, r"integer labels \[B\] \(got torch.float32"),
+        ([(BATCH[0], torch.zeros(4, 5))], ValueError, r"int64 labels \[B\] \(got torch.float32"),
+        ([(BATCH[0], torch.zeros(4).int())], ValueError, r"int64 labels \[B\] \(got torch.int32"),
         ([(BATCH[0], torch.zeros(3).long())], ValueError, r"as many inputs as labels .*and 3\)"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,7 +352,7 @@ def nan_in_image(batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
 
 
 TRAIN, HELD_OUT = sample(60, 0), sample(40, 1)
-BAD_DATA = {
+BAD_DATA: dict[str, tuple[list[Any], list[Any], type[Exception], str]] = {
     "fewer samples than classes": (
         batches(*sample(2, 0), [2]),
         [HELD_OUT],
