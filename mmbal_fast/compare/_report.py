@@ -346,20 +346,23 @@ def figure(lines: Sequence[Line]) -> Figure:
     """
     found = summaries(lines)
     datasets = list(dict.fromkeys(data for data, _ in found))
-    labels = list(dict.fromkeys(line.label for line in lines if not line.row.startswith("alone")))
-    height = 1.2 + 0.3 * len(labels)
-    parts = 1 + any(line.corrupted for line in lines)
+    shown = [line for line in lines if not line.row.startswith("alone")]
+    labels = [list(dict.fromkeys(line.label for line in shown if line.row != "joint"))]
+    if any(line.corrupted for line in lines):
+        labels.append(list(dict.fromkeys(line.label for line in shown)))
+    height = 1.2 + 0.3 * len(labels[0])
+    parts = len(labels)
     out = Figure(figsize=(3 + 2.6 * len(datasets), parts * height), dpi=150, layout="constrained")
     panels = out.subplots(parts, len(datasets), sharey="row", squeeze=False)
     for column, data in enumerate(datasets):
         here = {optimizer: found.get((data, optimizer), []) for optimizer in COLORS}
         panels[0, column].set_title(data, loc="left", fontsize=10, fontweight="bold")
-        _plot_differences(panels[0, column], here, labels)
+        _plot_differences(panels[0, column], here, labels[0])
         if parts == 2:
-            _plot_corrupted(panels[1, column], here, labels)
-    for first in panels[:, 0]:
-        first.set_yticks(range(len(labels)), labels, fontsize=8)
-        first.set_ylim(len(labels) - 0.5, -0.5)
+            _plot_corrupted(panels[1, column], here, labels[1])
+    for first, names in zip(panels[:, 0], labels, strict=True):
+        first.set_yticks(range(len(names)), names, fontsize=8)
+        first.set_ylim(len(names) - 0.5, -0.5)
     panels[0, 0].legend(fontsize=8)
     return out
 
@@ -372,7 +375,7 @@ def _plot_differences(
         points = [
             (labels.index(each.first.label) + offset, each.differences)
             for each in found[optimizer]
-            if each.first.label in labels and each.joint and each.first.row != "joint"
+            if each.first.label in labels and each.joint
         ]
         if points:
             places, values = zip(*points, strict=True)
