@@ -137,7 +137,7 @@ def run(
         task = _trial.load_task(each, str(files))
         with torch.random.fork_rng(devices=[]):
             _trial.setting(task, 0)  # what is wrong with it is known before anything is trained
-        length: int = epochs or getattr(task, "epochs", _trial.EPOCHS)
+        length = getattr(task, "epochs", _trial.EPOCHS) if epochs is None else epochs
         for optimizer in optimizers:
             grid = getattr(task, "rates", _trial.RATES)[optimizer][:rates]
             for seed in range(seeds):
