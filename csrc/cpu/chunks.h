@@ -42,5 +42,11 @@ inline Span span(const Gradient& gradient, const Chunk& chunk) {
           std::min(kChunk, gradient.count - first), first};
 }
 
+// What another list has at the place of a chunk.
+inline const char* beside(const void* const* list, const Gradient& gradient, const Chunk& chunk) {
+  return static_cast<const char*>(list[chunk.gradient]) +
+         chunk.index * kChunk * size_of(gradient.dtype);
+}
+
 }  // namespace
 }  // namespace mmbal

@@ -21,9 +21,8 @@ void gradient_dots(const GradientDots& args, const Cpu& cpu) {
                useful_threads(2 * elements / kReadsPerWork, cpu.threads), [&](int64_t i) {
                  const Gradient& first = args.first[list[i].gradient];
                  const Span part = span(first, list[i]);
-                 const Span other = span(args.second[list[i].gradient], list[i]);
-                 parts[i] =
-                     table.dots[static_cast<int>(first.dtype)](part.data, other.data, part.count);
+                 parts[i] = table.dots[static_cast<int>(first.dtype)](
+                     part.data, beside(args.second, first, list[i]), part.count);
                });
   const Dots* next = parts.data();
   for (int64_t g = 0; g < args.count; ++g) {

@@ -94,5 +94,12 @@ struct Scalar {
   }
 };
 
+// One double: elements of float64, whose products are rounded before they are added.
+struct WideScalar {
+  using F = double;
+
+  static MMBAL_HD F fma(F a, F b, F c) { return a * b + c; }
+};
+
 }  // namespace
 }  // namespace mmbal

@@ -8,9 +8,9 @@ namespace mmbal {
 
 // Writes the dots of first[p] and second[p] to row first[p].row of out [T, 3].
 struct GradientDots {
-  const Gradient* first;   // each as large as, of the type of, and in the order in memory of
-  const Gradient* second;  // that at its position here
-  int64_t count;           // pairs, may be 0
+  const Gradient* first;
+  const void* const* second;  // each as large as, of the type of, and in the order of its first
+  int64_t count;              // pairs, may be 0
   double* out;
 };
 

@@ -165,28 +165,45 @@ std::string gradient_name(const std::string& op, py::handle names, int64_t index
   return op + ": gradient '" + std::string(py::str(py::object(names[py::int_(index)]))) + "'";
 }
 
+namespace {
+
+// A tensor of a list. `name` is called for errors.
+template <class Name>
+View listed_tensor(py::handle object, Name&& name, DType* dtype) {
+  const View tensor = view(object, name, true);
+  *dtype = float_type(tensor, object, name);
+  if (tensor.layout == Layout::kOverlapping) {
+    throw std::runtime_error(name() + " must not share memory between its elements (got shape " +
+                             std::string(py::str(py::list(object.attr("shape")))) + ", strides " +
+                             std::string(py::str(object.attr("stride")())) + ")");
+  }
+  return tensor;
+}
+
+bool must_be_packed(const View& tensor) { return !tensor.dense() || tensor.negated; }
+
+Gradient as_gradient(const View& tensor, DType dtype, int64_t row) {
+  Gradient gradient{};
+  gradient.data = tensor.data();
+  gradient.count = tensor.count;
+  gradient.dtype = dtype;
+  gradient.row = row;
+  return gradient;
+}
+
+}  // namespace
+
 Gradients::Gradients(const std::string& op, const Sequence& list, py::handle names) {
   items.reserve(static_cast<size_t>(list.size()));
   for (int64_t i = 0; i < list.size(); ++i) {
-    const py::handle object = list[i];
-    if (object.is_none()) continue;
-    const auto name = [&] { return gradient_name(op, names, i); };
-    const View tensor = view(object, name, true);
-    Gradient gradient{};
-    gradient.dtype = float_type(tensor, object, name);
-    if (tensor.layout == Layout::kOverlapping) {
-      throw std::runtime_error(name() + " must not share memory between its elements (got shape " +
-                               std::string(py::str(py::list(object.attr("shape")))) + ", strides " +
-                               std::string(py::str(object.attr("stride")())) + ")");
-    }
+    if (list[i].is_none()) continue;
+    DType dtype;
+    const View tensor = listed_tensor(list[i], [&] { return gradient_name(op, names, i); }, &dtype);
     if (tensor.count == 0) continue;
-    if (!tensor.dense() || tensor.negated) gaps.push_back(i);
+    if (must_be_packed(tensor)) gaps.push_back(i);
     if (items.empty()) first = tensor;
     mixed |= !tensor.same_device(first);
-    gradient.data = tensor.data();
-    gradient.count = tensor.count;
-    gradient.row = i;
-    items.push_back(gradient);
+    items.push_back(as_gradient(tensor, dtype, i));
   }
 }
 
@@ -194,6 +211,154 @@ py::object Gradients::unfit() const {
   if (mixed) return py::bool_(true);
   if (!gaps.empty()) return py::cast(gaps);
   return py::none();
+}
+
+void assign_modalities(const std::string& op, const Sequence& modality, int64_t listed,
+                       int64_t count, py::handle names, std::vector<Gradient>& gradients) {
+  if (modality.size() != listed) {
+    throw py::value_error(op + ": modality must name one modality per gradient (got " +
+                          std::to_string(modality.size()) + " for " + std::to_string(listed) + ")");
+  }
+  for (Gradient& gradient : gradients) {
+    const auto what = [&] { return op + ": " + position("modality", gradient.row); };
+    const int64_t m = integer(what, modality[gradient.row], INT64_MIN, INT64_MAX);
+    if (m < 0 || m >= count) {
+      throw py::value_error(gradient_name(op, names, gradient.row) +
+                            " must belong to a modality from 0 to " + std::to_string(count - 1) +
+                            " (got " + std::to_string(m) + ")");
+    }
+    gradient.modality = static_cast<int32_t>(m);
+  }
+}
+
+// Long lists by their bytes: comparisons would take a fifth of a call's host side.
+void sort_places(std::vector<Place>& places) {
+  const auto before = [](const Place& a, const Place& b) { return a.address < b.address; };
+  if (std::is_sorted(places.begin(), places.end(), before)) return;
+  if (places.size() < 200) return std::stable_sort(places.begin(), places.end(), before);
+  thread_local std::vector<Place> memory;
+  std::vector<Place>& sorted = memory;  // found once, not at every use
+  sorted.resize(places.size());
+  uintptr_t differing = 0;
+  for (const Place& place : places) differing |= place.address ^ places[0].address;
+  for (size_t shift = 0; shift < 8 * sizeof differing; shift += 8) {
+    const auto digit = [&](uintptr_t address) { return (address >> shift) & 0xff; };
+    if (digit(differing) == 0) continue;
+    uint32_t next[257] = {};
+    for (const Place& place : places) ++next[digit(place.address) + 1];
+    for (int d = 0; d < 256; ++d) next[d + 1] += next[d];
+    for (const Place& place : places) sorted[next[digit(place.address)]++] = place;
+    places.swap(sorted);
+  }
+}
+
+Companions::Companions(const std::string& op, std::vector<std::string> lists,
+                       std::vector<Sequence> sequences, py::handle names)
+    : others(lists.size() - 1),
+      op_(op),
+      lists_(std::move(lists)),
+      sequences_(std::move(sequences)),
+      names_(names) {
+  const size_t count = lists_.size();
+  for (size_t l = 1; l < count; ++l) {
+    if (sequences_[l].size() != listed()) {
+      throw py::value_error(op + ": " + lists_[0] + " and " + lists_[l] +
+                            " must be equally long (got " + std::to_string(listed()) + " and " +
+                            std::to_string(sequences_[l].size()) + ")");
+    }
+  }
+  std::vector<View> views(count);
+  std::vector<DType> dtypes(count);
+  for (int64_t row = 0; row < listed(); ++row) {
+    bool complete = true;
+    for (size_t l = 0; l < count; ++l) {
+      const py::handle object = sequences_[l][row];
+      if (object.is_none()) {
+        complete = false;
+        continue;
+      }
+      views[l] = listed_tensor(object, [&] { return name(l, row); }, &dtypes[l]);
+      complete &= views[l].count != 0;
+    }
+    if (!complete) continue;
+    const View& gradient = views[0];
+    bool fits = !must_be_packed(gradient);
+    for (size_t l = 1; l < count; ++l) {
+      const View& other = views[l];
+      if (shape_of(other) != shape_of(gradient)) {
+        throw py::value_error(name(l, row) + " must have the shape of " + position(lists_[0], row) +
+                              " (got " + to_string(shape_of(other)) + " and " +
+                              to_string(shape_of(gradient)) + ")");
+      }
+      if (dtypes[l] != dtypes[0]) {
+        throw py::value_error(name(l, row) + " must have the dtype of " + position(lists_[0], row) +
+                              " (got " + dtype_name(sequences_[l][row]) + " and " +
+                              dtype_name(sequences_[0][row]) + ")");
+      }
+      require_device(other, name(l, row), gradient, position(lists_[0], row));
+      fits &= !must_be_packed(other);
+      for (int32_t d = 0; d < gradient.tensor.ndim; ++d) {
+        fits &=
+            gradient.tensor.shape[d] == 1 || gradient.tensor.strides[d] == other.tensor.strides[d];
+      }
+      others[l - 1].push_back(other.data());
+    }
+    if (gradients.empty()) first = gradient;
+    mixed_ |= !gradient.same_device(first);
+    if (!fits) unfit_.push_back(row);
+    gradients.push_back(as_gradient(gradient, dtypes[0], row));
+  }
+}
+
+std::string Companions::name(size_t list, int64_t row) const {
+  if (list == 0 && !names_.is_none()) return gradient_name(op_, names_, row);
+  return op_ + ": " + position(lists_[list], row);
+}
+
+py::object Companions::unfit() const {
+  if (mixed_) return py::bool_(true);
+  if (!unfit_.empty()) return py::cast(unfit_);
+  return py::none();
+}
+
+void Companions::require_apart() const {
+  thread_local std::vector<Place> memory;
+  std::vector<Place>& places = memory;
+  const size_t count = gradients.size();
+  places.clear();
+  for (size_t i = 0; i < count; ++i) {
+    places.push_back({reinterpret_cast<uintptr_t>(gradients[i].data), i});
+  }
+  for (size_t l = 0; l < others.size(); ++l) {
+    for (size_t i = 0; i < count; ++i) {
+      places.push_back({reinterpret_cast<uintptr_t>(others[l][i]), (l + 1) * count + i});
+    }
+  }
+  sort_places(places);
+  // The ends of the memory of all before: of any list, and of the one that is written.
+  uintptr_t end = 0, end_of_written = 0;
+  size_t last = 0, last_written = 0;
+  for (const auto& [address, index] : places) {
+    const bool written = index < count;
+    const Gradient& item = gradients[index % count];
+    if (address < (written ? end : end_of_written)) {
+      const size_t pair[] = {index, written ? last : last_written};
+      const auto [lower, upper] = std::minmax(pair[0], pair[1]);
+      throw py::value_error(name(lower / count, gradients[lower % count].row) +
+                            " must not share memory with another tensor (got " +
+                            position(lists_[upper / count], gradients[upper % count].row) +
+                            " beside it)");
+    }
+    const uintptr_t its_end = address + static_cast<uintptr_t>(item.count * size_of(item.dtype));
+    if (its_end > end) {
+      end = its_end;
+      last = index;
+    }
+    if (written && its_end > end_of_written) {
+      end_of_written = its_end;
+      last_written = index;
+    }
+  }
 }
 
 }  // namespace mmbal

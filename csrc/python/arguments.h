@@ -95,6 +95,46 @@ struct Gradients {
   py::object unfit() const;
 };
 
+// Each gradient's modality, from one index in [0, count) for every item of the list.
+void assign_modalities(const std::string& op, const Sequence& modality, int64_t listed,
+                       int64_t count, py::handle names, std::vector<Gradient>& gradients);
+
+// Orders places in memory by address, those of one address as they were.
+struct Place {
+  uintptr_t address;
+  size_t index;  // in the list
+};
+void sort_places(std::vector<Place>& places);
+
+// Lists that are walked together: gradients, and at their positions other tensors of their shape,
+// type, device and order in memory. Where one is None or empty, all of the position are left out.
+class Companions {
+ public:
+  // `lists` are what errors call them; `names` are the gradients' own.
+  Companions(const std::string& op, std::vector<std::string> lists, std::vector<Sequence> sequences,
+             py::handle names);
+  int64_t listed() const { return sequences_[0].size(); }
+  int64_t count() const { return static_cast<int64_t>(gradients.size()); }
+  // As that of Gradients; to be packed are those that lie in different orders, too.
+  py::object unfit() const;
+  // That no gradient shares memory with another tensor of any list; for dense ones.
+  void require_apart() const;
+
+  std::vector<Gradient> gradients;
+  std::vector<std::vector<void*>> others;  // of each list behind the first
+  View first{};                            // any of them, for the device
+
+ private:
+  std::string name(size_t list, int64_t row) const;
+
+  std::string op_;
+  std::vector<std::string> lists_;
+  std::vector<Sequence> sequences_;
+  py::handle names_;
+  std::vector<int64_t> unfit_;
+  bool mixed_ = false;
+};
+
 // That no element of a tensor is beyond what int64 counts.
 template <class What>
 void require_offset(What&& what, int64_t offset, int64_t count) {

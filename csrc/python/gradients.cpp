@@ -7,33 +7,6 @@
 namespace mmbal {
 namespace {
 
-struct Place {
-  uintptr_t address;
-  size_t index;  // in the list
-};
-
-// By address, those of one address as they were. Long lists by their bytes: comparisons would take
-// a fifth of a call's host side.
-void sort_places(std::vector<Place>& places) {
-  const auto before = [](const Place& a, const Place& b) { return a.address < b.address; };
-  if (std::is_sorted(places.begin(), places.end(), before)) return;
-  if (places.size() < 200) return std::stable_sort(places.begin(), places.end(), before);
-  thread_local std::vector<Place> memory;
-  std::vector<Place>& sorted = memory;  // found once, not at every use
-  sorted.resize(places.size());
-  uintptr_t differing = 0;
-  for (const Place& place : places) differing |= place.address ^ places[0].address;
-  for (size_t shift = 0; shift < 8 * sizeof differing; shift += 8) {
-    const auto digit = [&](uintptr_t address) { return (address >> shift) & 0xff; };
-    if (digit(differing) == 0) continue;
-    uint32_t next[257] = {};
-    for (const Place& place : places) ++next[digit(place.address) + 1];
-    for (int d = 0; d < 256; ++d) next[d + 1] += next[d];
-    for (const Place& place : places) sorted[next[digit(place.address)]++] = place;
-    places.swap(sorted);
-  }
-}
-
 // Keeps one of each gradient that is listed twice; other gradients that share memory are an error.
 // For dense ones.
 void drop_repeated(Gradients& gradients, py::handle names) {
@@ -99,11 +72,6 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
   const Sequence list(grads, "modulate_: grads must be a sequence of tensors");
   const Sequence modalities(modality, "modulate_: modality must be a sequence of integers");
   const View k = checked_vector(op + ": coefficients", coefficients, kDLFloat, 32);
-  if (modalities.size() != list.size()) {
-    throw py::value_error("modulate_: modality must name one modality per gradient (got " +
-                          std::to_string(modalities.size()) + " for " +
-                          std::to_string(list.size()) + ")");
-  }
   Gradients gradients(op, list, names);
   const auto fill = [&](py::handle values, const char* name, const char* rule, int64_t most,
                         auto&& set) {
@@ -118,17 +86,8 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
       set(gradient, integer(what, numbers[gradient.row], 0, most));
     }
   };
-  for (Gradient& gradient : gradients.items) {
-    const auto what = [&] { return op + ": " + position("modality", gradient.row); };
-    const int64_t m = integer(what, modalities[gradient.row], INT64_MIN, INT64_MAX);
-    if (m < 0 || m >= k.count) {
-      throw py::value_error(gradient_name(op, names, gradient.row) +
-                            " must belong to a modality from 0 to " + std::to_string(k.count - 1) +
-                            " (got " + std::to_string(m) + ")");
-    }
-    gradient.modality = static_cast<int32_t>(m);
-    gradient.id = static_cast<uint32_t>(gradient.row);
-  }
+  assign_modalities(op, modalities, list.size(), k.count, names, gradients.items);
+  for (Gradient& gradient : gradients.items) gradient.id = static_cast<uint32_t>(gradient.row);
   fill(tensor_ids, "tensor_ids", "modulate_: tensor_ids must hold one id per gradient", UINT32_MAX,
        [](Gradient& g, int64_t id) { g.id = static_cast<uint32_t>(id); });
   fill(offsets, "offsets", "modulate_: offsets must hold one offset per gradient", INT64_MAX,

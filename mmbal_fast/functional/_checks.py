@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsFloat, SupportsIndex
 
 import torch
@@ -219,23 +219,94 @@ def label(names: Sequence[str] | None, index: int) -> str:
 def gradients(op: str, grads: Sequence[Tensor | None], names: Sequence[str] | None) -> None:
     """Dense floating point gradients: what the native module checks itself."""
     for index, grad in enumerate(grads):
-        if grad is None:
+        if grad is not None:
+            _dense(op, label(names, index), grad)
+
+
+def companions(op: str, names: Sequence[str] | None, **lists: Sequence[Tensor | None]) -> list[int]:
+    """Lists that are walked together, by what errors call them: as the native module checks them.
+
+    Args:
+        op: who asks.
+        names: of the tensors of the first list, or None.
+        lists: of tensors that have, where they are in one position, one shape, dtype and device.
+
+    Returns:
+        The positions where none of them is None or empty.
+    """
+    (main, first), *others = lists.items()
+    for other, tensors in others:
+        if len(tensors) != len(first):
+            raise ValueError(
+                f"{op}: {main} and {other} must be equally long "
+                f"(got {len(first)} and {len(tensors)})"
+            )
+    complete = []
+    for index, (one, *rest) in enumerate(zip(first, *(each for _, each in others), strict=True)):
+        for name, each in zip(lists, (one, *rest), strict=True):
+            if each is not None:
+                own = name == main and names is not None
+                _dense(op, label(names, index) if own else f"{name}[{index}]", each)
+        if one is None or any(each is None or not each.numel() for each in (one, *rest)):
             continue
-        if grad.layout != torch.strided or grad.is_meta:
-            raise TypeError(
-                f"{op}: {label(names, index)} must be a plain dense tensor on cpu or cuda "
-                f"(got {type(grad).__name__}, {grad.layout}, {grad.dtype} on {grad.device})"
+        for name, each in zip(list(lists)[1:], rest, strict=True):
+            assert each is not None
+            for what, its, wanted in (
+                ("shape", list(each.shape), list(one.shape)),
+                ("dtype", each.dtype, one.dtype),
+            ):
+                if its != wanted:
+                    raise ValueError(
+                        f"{op}: {name}[{index}] must have the {what} of {main}[{index}] "
+                        f"(got {its} and {wanted})"
+                    )
+            if each.device != one.device:
+                raise ValueError(
+                    f"{op}: {name}[{index}] must be on the device of {main}[{index}] "
+                    f"(got {each.device} and {one.device})"
+                )
+        complete.append(index)
+    return complete
+
+
+def modalities(
+    op: str,
+    modality: Sequence[int],
+    grads: Sequence[Tensor | None],
+    used: Iterable[int],
+    count: int,
+    names: Sequence[str] | None,
+) -> None:
+    """An index from 0 to ``count`` - 1 for each gradient at the positions ``used``."""
+    if len(modality) != len(grads):
+        raise ValueError(
+            f"{op}: modality must name one modality per gradient "
+            f"(got {len(modality)} for {len(grads)})"
+        )
+    for index in used:
+        owner = integer(op, f"modality[{index}]", modality[index], -(2**63), 2**63 - 1)
+        if not 0 <= owner < count:
+            raise ValueError(
+                f"{op}: {label(names, index)} must belong to a modality from 0 to {count - 1} "
+                f"(got {owner})"
             )
-        if grad.dtype not in FLOATS:
-            raise TypeError(
-                f"{op}: {label(names, index)} must be float32, float64, float16 or bfloat16 "
-                f"(got {grad.dtype})"
-            )
-        if overlapping(grad):
-            raise RuntimeError(
-                f"{op}: {label(names, index)} must not share memory between its elements "
-                f"(got shape {list(grad.shape)}, strides {grad.stride()})"
-            )
+
+
+def _dense(op: str, what: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise TypeError(
+            f"{op}: {what} must be a plain dense tensor on cpu or cuda "
+            f"(got {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} on {tensor.device})"
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {what} must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
+        )
+    if overlapping(tensor):
+        raise RuntimeError(
+            f"{op}: {what} must not share memory between its elements "
+            f"(got shape {list(tensor.shape)}, strides {tensor.stride()})"
+        )
 
 
 def overlapping(tensor: Tensor) -> bool:

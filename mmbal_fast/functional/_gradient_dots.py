@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmbal_fast import _backend, reference
-from mmbal_fast.functional import _checks
+from mmbal_fast.functional import _checks, _memory
 from mmbal_fast.functional._operation import Operation
 
 OP = "gradient_dots"
@@ -68,38 +68,12 @@ def _native(
             if None not in pair:
                 dots[index] = _operation.run(*([each] for each in pair))[0].to(dots.device)
     elif unfit is not None:  # gaps between the elements, negated, or two layouts
-        firsts, seconds = list(first), list(second)
-        for index in unfit:
-            firsts[index] = firsts[index].resolve_neg().contiguous()
-            seconds[index] = seconds[index].resolve_neg().contiguous()
-        return _native(native, firsts, seconds)
+        return _native(native, *_memory.packed(unfit, first, second))
     return dots
 
 
 def _reference(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
-    _checks.gradients(f"{OP}: first", first, None)
-    _checks.gradients(f"{OP}: second", second, None)
-    if len(first) != len(second):
-        raise ValueError(
-            f"{OP}: first and second must be equally long (got {len(first)} and {len(second)})"
-        )
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        if one is None or other is None or one.numel() == 0 or other.numel() == 0:
-            continue
-        if one.shape != other.shape:
-            raise ValueError(
-                f"{OP}: pair {index} must have one shape "
-                f"(got {list(one.shape)} and {list(other.shape)})"
-            )
-        if one.dtype != other.dtype:
-            raise ValueError(
-                f"{OP}: pair {index} must have one dtype (got {one.dtype} and {other.dtype})"
-            )
-        if one.device != other.device:
-            raise ValueError(
-                f"{OP}: pair {index} must be on the device of both "
-                f"(got {other.device} and {one.device})"
-            )
+    _checks.companions(OP, None, first=first, second=second)
     return reference.gradient_dots(first, second)
 
 

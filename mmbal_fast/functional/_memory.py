@@ -1,10 +1,11 @@
-"""Which gradients of a list share memory."""
+"""Which tensors share memory, and what is packed because it has gaps."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,58 @@ def _distinct_of_group(
                 f"sizes {sizes[0]} and {sizes[1]}, the other grads[{before}])"
             )
     return [index for index, _ in rest]
+
+
+def require_apart(op: str, names: Sequence[str] | None, **lists: Sequence[Tensor | None]) -> None:
+    """That no tensor of the first list shares memory with another one of any list.
+
+    Positions where one of them is None or empty do not count. Lists of dense tensors are checked by
+    the native module; this also sees between the elements of those that have gaps. Lists are given
+    by what errors call them.
+
+    Raises:
+        ValueError: two tensors have an element in common, and one of them is of the first list.
+    """
+    places = []
+    for index, row in enumerate(zip(*lists.values(), strict=True)):
+        if any(each is None or each.numel() == 0 for each in row):
+            continue
+        for which, (name, each) in enumerate(zip(lists, row, strict=True)):
+            assert each is not None
+            layout = (each.data_ptr(), each.itemsize, tuple(each.shape), each.stride())
+            places.append((layout[0], which, index, name, layout))
+    open_: list[tuple[int, int, str, Layout]] = []  # those that reach as far as the next address
+    for address, which, index, name, layout in sorted(places):
+        open_ = [each for each in open_ if _end(each[3]) > address]
+        for other, its_index, its_name, its_layout in open_:
+            if min(which, other) > 0:
+                continue
+            start = its_layout[0]
+            if _shared(((0, *its_layout[1:]), (address - start, *layout[1:]))) is not None:
+                found = sorted([(which, index, name), (other, its_index, its_name)])
+                (_, first, what), (_, second, beside) = found
+                label = _checks.label(names, first) if names is not None else f"{what}[{first}]"
+                raise ValueError(
+                    f"{op}: {label} must not share memory with another tensor "
+                    f"(got {beside}[{second}] beside it)"
+                )
+        open_.append((which, index, name, layout))
+
+
+def packed(unfit: Sequence[int], *lists: Sequence[Tensor | None]) -> list[list[Any]]:
+    """The lists with what is contiguous and not negated at the positions ``unfit``."""
+    copies: list[list[Any]] = [list(each) for each in lists]
+    for index in unfit:
+        for each in copies:
+            each[index] = each[index].resolve_neg().contiguous()
+    return copies
+
+
+def unpack_(tensors: Sequence[Tensor | None], unfit: Sequence[int], copies: list[Any]) -> None:
+    """Writes back what became of a list that was `packed`."""
+    for index in unfit:
+        if copies[index] is not tensors[index]:
+            tensors[index].copy_(copies[index])  # type: ignore[union-attr]
 
 
 def _end(layout: Layout) -> int:

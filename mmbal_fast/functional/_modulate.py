@@ -304,11 +304,7 @@ def _reference(
     op = "modulate_"
     given = _Arguments._make((*values, names))
     total = len(grads)
-    for name, entries in (
-        ("modality", given.modality),
-        ("tensor_ids", given.tensor_ids),
-        ("offsets", given.offsets),
-    ):
+    for name, entries in (("tensor_ids", given.tensor_ids), ("offsets", given.offsets)):
         if entries is not None and len(entries) != total:
             raise ValueError(
                 f"{op}: {name} must hold one entry per gradient (got {len(entries)} for {total})"
@@ -319,18 +315,11 @@ def _reference(
         )
     _checks.step(op, given.now)
     _checks.gradients(op, grads, given.names)
-    for index, grad in enumerate(grads):
-        if grad is None or grad.numel() == 0:
-            continue
-        label = _checks.label(given.names, index)
-        modality = _checks.integer(
-            op, f"modality[{index}]", given.modality[index], -(2**63), 2**63 - 1
-        )
-        if not 0 <= modality < len(given.coefficients):
-            raise ValueError(
-                f"{op}: {label} must belong to a modality from 0 to "
-                f"{len(given.coefficients) - 1} (got {modality})"
-            )
+    used = [index for index, each in enumerate(grads) if each is not None and each.numel() > 0]
+    _checks.modalities(op, given.modality, grads, used, len(given.coefficients), given.names)
+    for index in used:
+        grad = grads[index]
+        assert grad is not None
         if grad.device.type != given.coefficients.device.type:
             raise ValueError(
                 f"{op}: coefficients must be on the device of the gradients "

@@ -69,7 +69,7 @@ def contribution_scores(
     """
     each_of = _multi_label_score if multi_label else _score
     return torch.stack(
-        [each_of(each.to(_compute_dtype(each)), target, ignore_index, statistic) for each in logits]
+        [each_of(each.to(compute_dtype(each)), target, ignore_index, statistic) for each in logits]
     )
 
 
@@ -247,7 +247,7 @@ def modulate_(
     for index, grad in enumerate(grads):
         if grad is None:
             continue
-        dtype = _compute_dtype(grad)
+        dtype = compute_dtype(grad)
         values = flat(grad)
         coefficient = _nan_to_one(coefficients[modality[index]])
         scale = coefficient.to(grad.device, dtype)
@@ -265,9 +265,7 @@ def modulate_(
                     tensor_id=index if tensor_ids is None else tensor_ids[index],
                     device=grad.device,
                 )
-            if grad.dtype == torch.float16:
-                new = torch.where(old.isfinite(), new.clamp(-65504.0, 65504.0), new)
-            values[piece] = new
+            values[piece] = saturated(old, new)
         if not is_dense(grad):
             grad.copy_(values.view(grad.shape))
 
@@ -290,5 +288,13 @@ def _nan_to_one(values: Tensor) -> Tensor:
     return values.masked_fill(values.isnan(), 1.0)
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def saturated(old: Tensor, new: Tensor) -> Tensor:
+    """What is written for ``new`` over ``old``: float16 stays finite where it was."""
+    if old.dtype == torch.float16:
+        new = torch.where(old.isfinite(), new.clamp(-65504.0, 65504.0), new)
+    return new.to(old.dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Computed in float64 for float64, else in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +12,10 @@ from torch import Tensor
 
 from mmbal_fast import reference
 from mmbal_fast.functional import gradient_dots
+from tests.functional.lists import CHUNK, DTYPES, layouts, same_bits_everywhere, split
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-CHUNK = 4096  # of csrc/math/moments.h
-SIZES = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 61]
-
-
-def pairs(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    made = torch.randn(2, sum(SIZES), dtype=torch.float64).to(device, dtype)
-    first, second = (list(each.split(SIZES)) for each in made)
-    return first, second
 
 
 def exact(first: Tensor, second: Tensor) -> list[float]:
@@ -37,7 +25,7 @@ def exact(first: Tensor, second: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_are_rounded_once(backend: Backend, dtype: torch.dtype) -> None:
-    first, second = pairs(backend.device, dtype)
+    first, second = split(backend.device, dtype, 2)
     expected = torch.tensor(
         [exact(*pair) for pair in zip(first, second, strict=True)], dtype=torch.float64
     )
@@ -54,19 +42,6 @@ def test_squares_beyond_float32(backend: Backend, size: float) -> None:
     one = float(x[0].double())
     for value in gradient_dots([x], [-x])[0].tolist():
         assert abs(value) == pytest.approx(100 * one * one, rel=1e-14)
-
-
-def layouts(base: Tensor) -> dict[str, Tensor]:
-    return {
-        "contiguous": base.clone(),
-        "channels_last": base.clone().to(memory_format=torch.channels_last),
-        "transposed": base.transpose(0, 3)
-        .clone(memory_format=torch.contiguous_format)
-        .transpose(0, 3),
-        "sliced": torch.stack([base, base], dim=-1)[..., 1],
-        "negated": torch._neg_view(-base),
-        "shifted": torch.cat([base.new_zeros(1), base.flatten()])[1:].view(base.shape),
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,49 +78,33 @@ def test_more_pairs_than_a_launch_takes(native: Backend) -> None:
     assert torch.equal(gradient_dots(first, second), reference.gradient_dots(first, second))
 
 
-PROGRAM = """
-import sys, torch
-from mmbal_fast import _backend, functional
-torch.manual_seed(0)
-torch.set_num_threads(int(sys.argv[1]))
-pairs = [torch.randn(2, 20 * 4096 + 3, dtype=torch.float64) for _ in range(4)]
-for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    dots = functional.gradient_dots(*zip(*(each.to(dtype).unbind() for each in pairs)))
-    print(_backend.native.cpu_isa() == sys.argv[2], dots.view(torch.int64).tolist())
-"""
-
-
 def test_same_bits_for_any_thread_count_and_instruction_set(cpu: Backend) -> None:
-    assert cpu.native is not None
-    outputs = set()
-    for threads, isa in enumerate(cpu.native.cpu_isas(), start=1):
-        environment = os.environ | {"MMBAL_CPU_ISA": isa}
-        program = [sys.executable, "-c", PROGRAM, str(threads), isa]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.count("True") == 4
-        outputs.add(done.stdout)
-    assert len(outputs) == 1
+    same_bits_everywhere(cpu, "results = [functional.gradient_dots(*lists(2, dtype))]")
 
 
 BAD: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "shape": (lambda x: [x[:2]], ValueError, r"pair 0 must have one shape \(got \[3\] and \[2\]\)"),
-    "view": (lambda x: [x.view(3, 1)], ValueError, r"pair 0 must have one shape"),
+    "shape": (
+        lambda x: [x[:2]],
+        ValueError,
+        r"second\[0\] must have the shape of first\[0\] \(got \[2\] and \[3\]\)",
+    ),
+    "view": (lambda x: [x.view(3, 1)], ValueError, r"must have the shape of first\[0\] \(got"),
     "dtype": (
         lambda x: [x.double()],
         ValueError,
-        r"pair 0 must have one dtype \(got torch.float32 and torch.float64\)",
+        r"must have the dtype of first\[0\] \(got torch.float64 and torch.float32\)",
     ),
     "length": (
         lambda x: [x, x],
         ValueError,
         r"first and second must be equally long \(got 1 and 2",
     ),
-    "meta": (lambda x: [x.to("meta")], TypeError, r"second: gradient grads\[0\] must be a plain"),
-    "integer": (lambda x: [x.long()], TypeError, r"second: gradient grads\[0\] must be float32"),
+    "meta": (lambda x: [x.to("meta")], TypeError, r"second\[0\] must be a plain"),
+    "integer": (lambda x: [x.long()], TypeError, r"second\[0\] must be float32"),
     "sparse": (
         lambda x: [x.to_sparse()],
         TypeError,
-        r"second: gradient grads\[0\] must be a plain",
+        r"second\[0\] must be a plain",
     ),
     "expanded": (lambda x: [x[:1].expand(3)], RuntimeError, r"must not share memory"),
 }
@@ -162,7 +121,7 @@ def test_refuses(backend: Backend, kind: str) -> None:
 def test_as_an_operation_of_a_graph(native: Backend) -> None:
     if native.name == "cuda-emulated":
         pytest.skip("what is checked does not depend on the kernels")
-    first, second = (each[:4] for each in pairs(native.device, torch.float32))
+    first, second = (each[:4] for each in split(native.device, torch.float32, 2))
     torch.library.opcheck(torch.ops.mmbal.gradient_dots.default, (first, second))
     given: tuple[list[Tensor | None], ...] = ([*first, None], [*second, first[0]])
     compiled = torch.compile(gradient_dots, fullgraph=True, backend="aot_eager")
