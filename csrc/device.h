@@ -45,6 +45,7 @@ template <class Device> void accumulate_speeds(const struct Speeds&, const Devic
 template <class Device> void drop_features(const struct DropFeatures&, const Device&);
 template <class Device> void drop_features_backward(const struct DropFeaturesBackward&, const Device&);
 template <class Device> void gradient_dots(const struct GradientDots&, const Device&);
+template <class Device> void pull(const struct Pull&, const Device&);
 // clang-format on
 
 int cuda_device_count();         // 0 where there is no driver or this build has no kernels

@@ -20,6 +20,12 @@ EVICTING_BYTES = 256 << 20
 """More than the last cache of a GPU or of most servers holds."""
 
 
+KERNELS = {"moments", "modulate_", "noise_", "scores_", "derive_", "gradient_dots"}
+KERNELS |= {"remember_", "drop_features", "drop_features_backward"}
+KERNELS |= {"pull_"}
+"""Functions of the native module that start kernels."""
+
+
 @dataclass
 class Provider:
     """One way to do a workload."""
@@ -165,10 +171,7 @@ class _CountedModule:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
-        if name in (
-            "moments", "modulate_", "noise_", "scores_", "derive_", "remember_", "drop_features",
-            "drop_features_backward",
-        ):  # fmt: skip
+        if name in KERNELS:
             self._counts.launches += 1
         return function
 

@@ -21,6 +21,7 @@ from mmbal_fast.reference._ogm import (
     modulation_coefficients,
 )
 from mmbal_fast.reference._rules import agm_coefficients, metric_coefficients, mlb_coefficients
+from mmbal_fast.reference._pull import pull_
 
 __all__ = [
     "Rule",
@@ -40,5 +41,6 @@ __all__ = [
     "modulation_coefficients",
     "noise_like",
     "overfitting_to_generalization_ratio",
+    "pull_",
     "squared_norms",
 ]
