@@ -46,6 +46,7 @@ template <class Device> void drop_features(const struct DropFeatures&, const Dev
 template <class Device> void drop_features_backward(const struct DropFeaturesBackward&, const Device&);
 template <class Device> void gradient_dots(const struct GradientDots&, const Device&);
 template <class Device> void pull(const struct Pull&, const Device&);
+template <class Device> void pareto(const struct Pareto&, const Device&);
 // clang-format on
 
 int cuda_device_count();         // 0 where there is no driver or this build has no kernels

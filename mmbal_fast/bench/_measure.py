@@ -22,7 +22,7 @@ EVICTING_BYTES = 256 << 20
 
 KERNELS = {"moments", "modulate_", "noise_", "scores_", "derive_", "gradient_dots"}
 KERNELS |= {"remember_", "drop_features", "drop_features_backward"}
-KERNELS |= {"pull_"}
+KERNELS |= {"pull_", "pareto_"}
 """Functions of the native module that start kernels."""
 
 

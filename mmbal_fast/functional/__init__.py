@@ -15,6 +15,7 @@ from mmbal_fast.functional._noise_like import noise_like
 from mmbal_fast.functional._overfitting_to_generalization_ratio import (
     overfitting_to_generalization_ratio,
 )
+from mmbal_fast.functional._pareto import pareto_
 from mmbal_fast.functional._pull import pull_
 from mmbal_fast.functional._squared_norms import squared_norms
 
@@ -30,6 +31,7 @@ __all__ = [
     "modulation_coefficients",
     "noise_like",
     "overfitting_to_generalization_ratio",
+    "pareto_",
     "pull_",
     "squared_norms",
 ]

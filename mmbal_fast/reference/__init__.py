@@ -21,6 +21,7 @@ from mmbal_fast.reference._ogm import (
     modulation_coefficients,
 )
 from mmbal_fast.reference._rules import agm_coefficients, metric_coefficients, mlb_coefficients
+from mmbal_fast.reference._pareto import pareto_
 from mmbal_fast.reference._pull import pull_
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "modulation_coefficients",
     "noise_like",
     "overfitting_to_generalization_ratio",
+    "pareto_",
     "pull_",
     "squared_norms",
 ]

@@ -41,6 +41,10 @@ def calls(device: torch.device) -> dict[str, Call]:
         ops.modulate_(mine, k, [0, 1, 0, 1, 0], seed=3, step=torch.tensor([5], device=device))
         return mine
 
+    def combined(ops: Any) -> list[Any]:
+        mine, own = ([None if x is None else x + by for x in grads] for by in (0, 1))
+        return [ops.pareto_(mine, own, [0, 1, 0, 1, 0], 2, gamma=1.2), mine]
+
     def pulled(ops: Any) -> list[Any]:
         mine, theta, anchors = ([None if x is None else x + by for x in grads] for by in (0, 1, 2))
         return [ops.pull_(mine, theta, anchors, k, [0, 1, 0, 1, 0]), mine]
@@ -69,6 +73,7 @@ def calls(device: torch.device) -> dict[str, Call]:
             ops.noise_like(grads[0], seed=1, step=2),
             ops.noise_like(grads[2], seed=1, step=2),
         ],
+        "pareto_": combined,
         "pull_": pulled,
         "squared_norms": lambda ops: ops.squared_norms(grads, [0, 0, 1, 2, 1]),
         "blended_cross_entropy": lambda ops: [
@@ -141,6 +146,10 @@ def writes(device: torch.device) -> dict[str, tuple[Callable[..., object], list[
             lambda x, y, s: functional.modulate_([x, None, y], k, [0, 0, 0], status=s),
             [torch.ones(3, device=device), torch.ones(2, 4, device=device)[:, ::2], status],
         ),
+        "pareto_": (
+            lambda x, y: functional.pareto_([x, None, y], [x + 1, None, y + 1], [0, 0, 0], 1),
+            [torch.ones(3, device=device), torch.ones(2, 4, device=device)[:, ::2]],
+        ),
         "pull_": (
             lambda x, y: functional.pull_(
                 [x, None, y], [x + 1, x, y + 1], [x - 1, x, y - 1], k, [0] * 3
@@ -210,7 +219,7 @@ def test_inference_tensors(backend: Backend, name: str) -> None:
         call(*[each.clone() for each in written])
     for index in range(len(written)):
         given = [made[i] if i == index else each for i, each in enumerate(written)]
-        if name in ("modulate_", "pull_") and index == 1:
+        if name in ("modulate_", "pareto_", "pull_") and index == 1:
             continue  # of a list the first tensor is asked
         before = [each.clone() for each in given]
         with pytest.raises(RuntimeError, match=rf"^{name}: \w+ must not be inference tensors"):
@@ -243,6 +252,7 @@ def test_transforms_of_torch_func_are_refused_by_name(native: Backend, name: str
         "squared_norms": lambda x: functional.squared_norms([x], [0]),
         "modulate_": lambda x: functional.modulate_([x], target.float()[:1], [0]),
         "noise_like": lambda x: functional.noise_like(x, seed=0, step=0),
+        "pareto_": lambda x: functional.pareto_([x], [x], [0], 1),
         "pull_": lambda x: functional.pull_([x], [x], [x], target.float()[:1], [0]),
     }
     if name not in traced:
