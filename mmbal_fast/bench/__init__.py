@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mmbal_fast.bench import _methods, _report
+from mmbal_fast.bench import _methods, _pairs, _report
 from mmbal_fast.bench import _providers as names
 from mmbal_fast.bench._measure import Counts, Provider, count, interleaved
 from mmbal_fast.bench._workloads import FEATURES, GRADIENTS, SCORING, Features, Gradients, Scoring
@@ -31,7 +31,8 @@ class Case:
     noise: bool = False
     compiled: bool = False
     part: str = "step"
-    """Or "noise" or "moments", which a step consists of, or a step of `_methods.PARTS`."""
+    """Or "noise" or "moments", which a step consists of, or a step of `_methods.PARTS` or
+    `_pairs.PARTS`."""
     seconds: float = 4.0
     threads: int | None = None
     """Of the CPU; default those that torch is set to."""
@@ -66,6 +67,8 @@ class Case:
         times = 2 if isinstance(self.workload, Gradients) and self.part in steps else 1
         if isinstance(self.workload, Features):
             times = 4  # forward and backward
+        if self.part in _pairs.PARTS:
+            times = _pairs.PARTS[self.part][0]
         return self.elements * self.dtype.itemsize * times
 
     def providers(self, device: torch.device) -> list[Provider]:
@@ -76,6 +79,8 @@ class Case:
             return _methods.dropping(self.workload, self.dtype, device)
         if self.part in _methods.PARTS:
             return _methods.PARTS[self.part](self.workload, self.dtype, device)
+        if self.part in _pairs.PARTS:
+            return _pairs.PARTS[self.part][1](self.workload, self.dtype, device)
         if self.part != "step":
             return names.parts(self.workload, self.dtype, device)[self.part]
         every = names.step(self.workload, self.dtype, device, self.noise, self.compiled)
@@ -99,6 +104,8 @@ def quick_cases() -> Iterator[Case]:
         yield Case(AV, torch.float32, part=part, seconds=1)
     for features in FEATURES:
         yield Case(features, torch.float32, seconds=1)
+    for part in _pairs.PARTS:
+        yield Case(AV, torch.float32, part=part, seconds=2)
     yield from one_core_cases(seconds=2)
 
 
@@ -125,6 +132,8 @@ def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
         yield Case(AV, torch.float32, part=part)
     for features in FEATURES:
         yield Case(features, torch.float32)
+    for part in _pairs.PARTS:
+        yield Case(AV, torch.float32, part=part)
     if not cuda:
         yield from one_core_cases()
     for scoring in SCORING:

@@ -199,3 +199,64 @@ def published_dropping(
     return [
         each * mask * (1 / (1 - theta)) for each, mask in zip(features, masks, strict=True)
     ], gone
+
+
+def published_pareto_(
+    total: Sequence[Tensor], fused: Sequence[Tensor], own: Sequence[Tensor], gamma: float = 1.5
+) -> None:
+    """Combines two gradients of an encoder as the released MMPareto code does.
+
+    Clones of every gradient, their concatenations, dot products that the host reads, norms of each
+    tensor; without its backward passes.
+
+    Args:
+        total: gradients of the sum of all losses, rewritten in place.
+        fused: those of the fused loss.
+        own: those of the modality's own loss.
+        gamma: factor of the result.
+    """
+    first, second = [each.clone() for each in fused], [each.clone() for each in own]
+    one = torch.cat([each.flatten() for each in first])
+    other = torch.cat([each.flatten() for each in second])
+    if torch.nn.functional.cosine_similarity(one, other, dim=0) > 0:
+        weights = [0.5, 0.5]
+    else:
+        v1v1, v1v2, v2v2 = (
+            torch.dot(x, y).cpu().item() for x, y in ((one, one), (one, other), (other, other))
+        )
+        if v1v2 >= v1v1:
+            c = 0.999
+        elif v1v2 >= v2v2:
+            c = 0.001
+        else:
+            c = -((v1v2 - v2v2) / (v1v1 + v2v2 - 2 * v1v2))
+        weights = [c, 1 - c]
+    for grad, x, y in zip(total, first, second, strict=True):
+        norm = torch.norm(grad.clone())
+        new = 2 * weights[0] * x + 2 * weights[1] * y
+        ratio = norm / torch.norm(new.clone())
+        grad.copy_(new * ratio * gamma if ratio > 1 else new * gamma)
+
+
+def published_pull_(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    factors: Sequence[float],
+) -> list[Tensor]:
+    """Pulls weights towards earlier ones as the released InfoReg code does, tensor by tensor.
+
+    Args:
+        grads: gradients, rewritten in place.
+        weights: parameters.
+        anchors: what they are pulled to.
+        factors: one for each.
+
+    Returns:
+        The squares of each gradient, as its Fisher matrix adds them up.
+    """
+    squares = []
+    for grad, weight, anchor, factor in zip(grads, weights, anchors, factors, strict=True):
+        grad += (factor * (weight - anchor)).detach()
+        squares.append(grad**2)
+    return squares

@@ -20,9 +20,9 @@ from mmbal_fast.reference._ogm import (
     modulate_,
     modulation_coefficients,
 )
-from mmbal_fast.reference._rules import agm_coefficients, metric_coefficients, mlb_coefficients
 from mmbal_fast.reference._pareto import pareto_
 from mmbal_fast.reference._pull import pull_
+from mmbal_fast.reference._rules import agm_coefficients, metric_coefficients, mlb_coefficients
 
 __all__ = [
     "Rule",

@@ -12,7 +12,7 @@ from torch import nn
 
 import mmbal_fast
 from mmbal_fast import functional
-from mmbal_fast.bench import DTYPES, Case, _baselines, _methods, all_cases, main, run
+from mmbal_fast.bench import DTYPES, Case, _baselines, _methods, _pairs, all_cases, main, run
 from mmbal_fast.bench._measure import Provider, Timing, count, interleaved
 from mmbal_fast.bench._providers import OURS, PLAIN, PUBLISHED, USUAL, step
 from mmbal_fast.bench._workloads import GRADIENTS, SCORING, Features, Gradients, Scoring
@@ -184,6 +184,21 @@ def test_other_types_are_timed_beside_the_usual_one():
     ]
     found = [[each.name for each in case.providers(CPU)].count(USUAL) for case in cases]
     assert found == [0, 0, 0, 1, 1]
+
+
+def test_steps_that_walk_several_lists():
+    """MMPareto and InfoReg in one call that reads nothing; published, the host reads and clones."""
+    small = Gradients("small", (((8, 8),) * 3, ((8, 8),) * 3))
+    cases = [Case(small, torch.float32, part=part, seconds=0.0) for part in _pairs.PARTS]
+    rows = {(row.workload, row.provider): row for row in run(cases, CPU, Console(quiet=True))}
+    for part in _pairs.PARTS:
+        ours = rows[f"{part} small", OURS]
+        assert (ours.launches, ours.synchronisations) == (1 + (part != "mmpareto"), 0)
+        assert ours.peak_extra_bytes <= 8 * 3 * 6  # what it returns
+    assert rows["mmpareto small", PUBLISHED].synchronisations > 0
+    assert rows["mmpareto small", PUBLISHED].peak_extra_bytes > 3 * 6 * 64 * 4
+    assert rows["info_reg small", PUBLISHED].peak_extra_bytes >= 6 * 64 * 4
+    assert [each.least_bytes // (6 * 64 * 4) for each in cases] == [2, 5, 4]
 
 
 def test_channels_last_gradients():
