@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbal_fast import functional
-from mmbal_fast.functional import _checks
+from mmbal_fast.functional import _checks, _pareto
 from mmbal_fast.training import Method, Record, Setting
 from mmbal_fast.training.amp import as_optimizers, unscale_
-from mmbal_fast.training.parameters import ParameterGroups, Parameters, Select
+from mmbal_fast.training.parameters import ParameterGroups, Parameters, Select, every
+from mmbal_fast.training.shards import local_part
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -33,7 +34,8 @@ class MMParetoRecord(Record):
     weights: Tensor = field(
         metadata={"title": "Weight of the fused loss's gradient", "label": "c", "line": 0.5}
     )
-    """float64 ``[M]``: ``c``; the own loss's gradient has ``1 - c``. 0.5 without conflict."""
+    """float64 ``[M]``: ``c``; the own loss's gradient has ``1 - c``. 0.5 without conflict, NaN
+    where a gradient is not finite: the encoder keeps the plain sum."""
 
 
 class MMPareto(Method):
@@ -58,9 +60,13 @@ class MMPareto(Method):
     Where there is no conflict ``g`` is ``gamma (g1 + g2)``, as released: gamma acts everywhere.
 
     Costs a second backward pass through the encoders (and none through the fusion), one more set of
-    the encoders' gradients in memory, one pass that reads both, one that reads both and writes; no
-    host read. On many ranks one all-reduce of ``g2``, packed; the other gradient is averaged by
-    DistributedDataParallel, as always.
+    the encoders' gradients in memory, and `functional.pareto_`: two launches, one that reads both
+    sets and one that reads both and writes; no host read. On many ranks one all-reduce of ``g2``,
+    packed; the other gradient is averaged by DistributedDataParallel, as always. FSDP2 averages
+    both, in a backward pass for each: the own losses', then the fused one's; one all-reduce of 3 T
+    float64 for the dot products.
+
+    `backward` is not for compiled graphs: take ``torch.compile`` for the model. `step` compiles.
 
     Args:
         encoders: for each of the M >= 2 modalities its encoder: a module, parameters, or named
@@ -108,10 +114,8 @@ class MMPareto(Method):
         _checks.mapping(op, "encoders", encoders, "encoders")
         super().__init__(encoders.keys(), process_group=process_group)
         self.gamma = gamma
-        self._groups = ParameterGroups(op, encoders, select or _everything)
+        self._groups = ParameterGroups(op, encoders, select or every)
         self._own: list[Tensor | None] | None = None  # gradients of the own losses, so far
-        # Which modality each gradient belongs to, on the host and on the device.
-        self._owner: tuple[list[int], Tensor] = ([], torch.empty(0, device="cpu"))
 
     def backward(
         self, losses: Mapping[str, Tensor], *, grad_scaler: GradScaler | None = None
@@ -124,7 +128,9 @@ class MMPareto(Method):
 
         Raises:
             ValueError: other names, a loss that is no scalar or has no graph.
-            TypeError: no mapping; parameters that are sharded, which do not see two gradients.
+            TypeError: no mapping.
+            RuntimeError: FSDP2 is told not to average this micro-batch's gradients: it would mix
+                both losses'.
         """
         op = f"{type(self).__name__}.backward"
         _checks.mapping(op, "losses", losses, "tensors")
@@ -138,27 +144,56 @@ class MMPareto(Method):
                     f"requires_grad={each.requires_grad} for '{name}')"
                 )
         self._groups.follow()
-        if self._groups.shards is not None:
-            raise TypeError(
-                f"{op}: parameters must not be sharded, use DistributedDataParallel "
-                "(got DTensors, whose second gradient FSDP2 does not keep)"
-            )
         own = torch.stack([losses[name] for name in self.names]).sum()
         fused = losses["fused"]
         if grad_scaler is not None:
             own, fused = grad_scaler.scale(own), grad_scaler.scale(fused)
-        if self.enabled:
-            trained = [each for each in self._groups.parameters if each.requires_grad]
-            found = iter(
-                torch.autograd.grad(own, trained, retain_graph=True, allow_unused=True)
-                if trained
-                else ()
+        if not self.enabled:
+            (fused + own).backward()  # type: ignore[no-untyped-call]
+            return
+        if self._groups.shards is not None:
+            added = self._backward_of_shards(op, fused, own)
+        else:
+            added = self._gradients_of(own)
+            (fused + own).backward()  # type: ignore[no-untyped-call]
+        self._own = added if self._own is None else _sums(self._own, added)
+
+    def _gradients_of(self, own: Tensor) -> list[Tensor | None]:
+        """Of each parameter; the graph stays, and ``.grad`` as it is."""
+        parameters = self._groups.parameters
+        trained = [each for each in parameters if each.requires_grad]
+        if not trained:
+            return [None] * len(parameters)
+        found = iter(torch.autograd.grad(own, trained, retain_graph=True, allow_unused=True))
+        added = [next(found) if each.requires_grad else None for each in parameters]
+        # The gradient of a sum is expanded: elements that share memory.
+        return [None if each is None else each.contiguous() for each in added]
+
+    def _backward_of_shards(self, op: str, fused: Tensor, own: Tensor) -> list[Tensor | None]:
+        """Two passes, because FSDP2 averages only what comes to ``.grad``; returns the own ones.
+
+        Afterwards ``.grad`` holds the sum, as after one pass.
+        """
+        parameters = self._groups.parameters
+        before = [each.grad for each in parameters]
+        for each in parameters:
+            each.grad = None
+        own.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        added = [each.grad for each in parameters]
+        for each, grad in zip(parameters, before, strict=True):
+            each.grad = grad
+        if all(each is None for each in added) and not self._groups.frozen():
+            raise RuntimeError(
+                f"{op}: FSDP2 must average the gradients of every micro-batch, as it does unless "
+                "set_requires_gradient_sync(False) was called "
+                "(got no gradient of the own losses on the parameters)"
             )
-            added = [
-                next(found) if each.requires_grad else None for each in self._groups.parameters
-            ]
-            self._own = added if self._own is None else _sums(self._own, added)
-        (fused + own).backward()  # type: ignore[no-untyped-call]
+        fused.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for each, grad in zip(parameters, added, strict=True):
+                if grad is not None:
+                    each.grad = grad.clone() if each.grad is None else each.grad.add_(grad)
+        return [None if each is None else local_part(each) for each in added]
 
     @torch.no_grad()
     def step(
@@ -178,7 +213,8 @@ class MMPareto(Method):
             Cosines and weights, on the device; 1/2 and NaN while `enabled` is False.
 
         Raises:
-            RuntimeError: no `backward` since the last step, or no encoder has a gradient.
+            RuntimeError: no `backward` since the last step, or no encoder has a gradient; at the
+                first step after FSDP2 has sharded parameters that the method knew whole.
             ValueError: ``grad_scaler`` without ``optimizer``.
         """
         op = f"{type(self).__name__}.step"
@@ -195,31 +231,47 @@ class MMPareto(Method):
         own, self._own = self._own, None
         if own is None:
             raise RuntimeError(f"{op}: needs backward() first (got none since the last step)")
-        given = self._groups.gradients()
-        total = {index: grad for index, grad in enumerate(given) if grad is not None}
-        if not total:
+        groups = self._groups
+        sharded = groups.shards is not None
+        groups.follow()
+        if groups.shards is not None and not sharded:
+            # Between forward and backward FSDP2 shows gathered parameters: their sharded ones are
+            # known from before, or not at all.
+            raise RuntimeError(
+                f"{op}: {type(self).__name__} must be made after fully_shard, or this step be "
+                "repeated from its forward pass (got parameters that have been sharded since)"
+            )
+        total = groups.gradients()
+        if all(each is None for each in total):
             raise RuntimeError(
                 f"{op}: must come between backward and zero_grad "
-                f"(got no gradient on {len(given)} parameters)"
+                f"(got no gradient on {len(total)} parameters)"
             )
+        scale = None
         if scaler is not None:
             unscale_(scaler, optimizers)
-        first = list(total.values())
-        second = [
-            # The gradient of a sum is expanded: elements that share memory.
-            torch.zeros_like(grad) if (mine := own[index]) is None else mine.contiguous()
-            for index, grad in total.items()
-        ]
-        if scaler is not None:
             assert scaler._scale is not None
-            torch._foreach_mul_(second, scaler._scale.double().reciprocal().float())
-        self._average(second)
-        modality = [self._groups.modality[index] for index in total]
-        self.last = self._combine(first, second, modality)
+            scale = scaler._scale.to(groups.parameters[0].device)
+        second = [
+            torch.zeros_like(grad) if mine is None and grad is not None else mine
+            for grad, mine in zip(total, own, strict=True)
+        ]
+        dots = None
+        if groups.shards is not None:
+            dots = functional.gradient_dots(total, second)
+            groups.shards.sum_(dots)
+        else:
+            pairs = zip(total, second, strict=True)
+            self._average([mine for grad, mine in pairs if grad is not None and mine is not None])
+        gamma, count = self._scalar("gamma"), len(self.names)
+        cosines, weights = _pareto.operation(
+            total, second, groups.owners, count, gamma, dots, scale, names=groups.names
+        ).unbind()
+        self.last = MMParetoRecord(cosines, weights)
         return self.last
 
     def _average(self, grads: list[Tensor]) -> None:
-        """Over the ranks, in one all-reduce for each type."""
+        """Over the ranks, packed: one all-reduce for each type."""
         self._join()
         if self._group is None:
             return
@@ -227,47 +279,14 @@ class MMPareto(Method):
         for each in grads:
             by_type.setdefault(each.dtype, []).append(each)
         for some in by_type.values():
+            # Divided before it is summed, as in DistributedDataParallel: float16 has little room.
             packed = torch.cat([each.reshape(-1) for each in some])
-            dist.all_reduce(packed, group=self._group)
             packed /= dist.get_world_size(self._group)
+            dist.all_reduce(packed, group=self._group)
             parts = torch.split(packed, [each.numel() for each in some])
             torch._foreach_copy_(
                 some, [part.view_as(each) for part, each in zip(parts, some, strict=True)]
             )
-
-    def _combine(
-        self, total: list[Tensor], own: list[Tensor], modality: list[int]
-    ) -> MMParetoRecord:
-        """Writes to ``total``, from the dot products of it and of ``own``."""
-        table = functional.gradient_dots(total, own)  # (G.G, G.g2, g2.g2) of each tensor
-        whole, mixed, c_ = table.unbind(1)
-        b_ = mixed - c_  # g1.g2, as g1 = G - g2
-        a_ = (whole - mixed - b_).clamp(min=0.0)
-        if self._owner[0] != modality or self._owner[1].device != table.device:
-            # Kept, so that a step copies nothing to the device.
-            owner = torch.tensor(modality, dtype=torch.int64, device="cpu").to(table.device)
-            self._owner = modality, owner
-        owner = self._owner[1]
-        count = len(self.names)
-        a, b, c = (
-            torch.zeros(count, dtype=torch.float64, device=table.device).index_add(0, owner, each)
-            for each in (a_, b_, c_)
-        )
-        lengths = (a * c).sqrt()
-        cosines = torch.where(lengths > 0, b / lengths, 0.0)
-        weight = (c - b) / (a - 2 * b + c)
-        weight = torch.where(b >= c, 0.001, weight)  # in this order, as the solver has it
-        weight = torch.where(b >= a, 0.999, weight)
-        weight = torch.where(cosines > 0, 0.5, weight)
-        k1, k2 = 2 * weight[owner], 2 * (1 - weight[owner])
-        length = k1 * k1 * a_ + 2 * k1 * k2 * b_ + k2 * k2 * c_
-        ratio = torch.where(length > 0, (whole / length).sqrt(), 1.0)
-        factor = self.gamma * ratio.clamp(min=1.0)
-        # h = k1 g1 + k2 g2 = k1 G + (k2 - k1) g2
-        scales, shares = (factor * k1).float(), (factor * (k2 - k1)).float()
-        torch._foreach_mul_(total, list(scales.unbind()))
-        torch._foreach_addcmul_(total, own, list(shares.unbind()))
-        return MMParetoRecord(cosines, weight)
 
     def _before_optimizer(self, scaler: GradScaler | None, optimizer: Optimizer) -> Record | None:
         if self._own is None and self.last is not None:
@@ -285,11 +304,6 @@ class MMPareto(Method):
         return super().__getstate__() | {"_own": None}
 
 
-def _everything(name: str, parameter: nn.Parameter) -> bool:
-    return True
-
-
 def _sums(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
-    return [
-        y if x is None else x if y is None else x.add_(y) for x, y in zip(one, other, strict=True)
-    ]
+    # Not in place: the gradients of two parameters may be one tensor.
+    return [y if x is None else x if y is None else x + y for x, y in zip(one, other, strict=True)]

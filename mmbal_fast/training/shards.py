@@ -152,6 +152,23 @@ class ShardLayout:
             moments[reduction.rows] = whole
 
     @torch.no_grad()
+    def sum_(self, rows: Tensor) -> None:
+        """What was summed over local elements becomes the sum over those of the whole tensors.
+
+        One all-reduce if all T tensors are sharded over one group.
+
+        Args:
+            rows: ``[T, ...]``, in place.
+        """
+        for reduction in self.reductions:
+            every = len(reduction.rows) == len(rows)
+            part = rows if every else rows[reduction.rows]
+            for group in reduction.groups:
+                dist.all_reduce(part, group=group)
+            if not every:
+                rows[reduction.rows] = part
+
+    @torch.no_grad()
     def split(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The pieces of local gradients, views of them."""
         pieces: list[Tensor | None] = []

@@ -56,6 +56,11 @@ from tests.distributed.greedy import (  # noqa: F401  - run with those below
 from tests.distributed.modulations import (  # noqa: F401  - run with those below
     check_modulations_on_shares_equal_one_process,
 )
+from tests.distributed.pareto import (  # noqa: F401  - run with those below
+    check_mmpareto_on_shares_equals_one_process,
+    check_mmpareto_refuses_what_fsdp2_has_not_averaged,
+    check_the_communication_of_mmpareto,
+)
 from tests.host_reads import host_reads
 from tests.methods.cases import CASES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
 
 import mmbal_fast
+from mmbal_fast.bench._baselines import published_pareto_
+from mmbal_fast.bench._measure import count
 from tests.host_reads import host_reads
 from tests.methods.cases import NAMES, Net, batch_of, filled
 
@@ -46,15 +49,7 @@ def test_worked_values(backend: Backend) -> None:
     assert combined([0.0, 0.0], [0.0, 0.0], backend.device).tolist() == [0.0, 0.0]  # NaN there
 
 
-# ---- the released step, written out
-
-
-def min_norm(v1v1: float, v1v2: float, v2v2: float) -> float:
-    if v1v2 >= v1v1:
-        return 0.999
-    if v1v2 >= v2v2:
-        return 0.001
-    return -((v1v2 - v2v2) / (v1v1 + v2v2 - 2 * v1v2))
+# ---- the released step
 
 
 def published_step(net: Net, number: int) -> None:
@@ -74,19 +69,11 @@ def published_step(net: Net, number: int) -> None:
         parameter.grad = None
     torch.stack(list(losses.values())).sum().backward()
     for name, group in encoders.items():
-        one = torch.cat([grads["fused"][p].flatten() for p in group])
-        other = torch.cat([grads[name][p].flatten() for p in group])
-        if torch.nn.functional.cosine_similarity(one, other, dim=0) > 0:
-            weights = [0.5, 0.5]
-        else:
-            c = min_norm(float(one @ one), float(one @ other), float(other @ other))
-            weights = [c, 1 - c]
-        for p in group:
-            h = 2 * (weights[0] * grads["fused"][p] + weights[1] * grads[name][p])
-            assert p.grad is not None
-            if p.grad.norm() > h.norm():
-                h = h * (p.grad.norm() / h.norm())
-            p.grad = h * 1.5
+        published_pareto_(
+            [p.grad for p in group if p.grad is not None],
+            [grads["fused"][p] for p in group],
+            [grads[name][p] for p in group],
+        )
 
 
 def our_backward(
@@ -174,6 +161,76 @@ def test_nothing_is_read_by_the_host(native: Backend) -> None:
         with host_reads() as found:
             pareto.step()
     assert found == []
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_is_one_operation_and_no_host_read(cpu: Backend, scaled: bool) -> None:
+    """After the backward passes, where a scaler has unscaled, too; that is two launches.
+
+    See test_launches of tests/functional/test_pareto.py.
+    """
+    net = filled(Net())
+    pareto = mmbal_fast.MMPareto(net.encoders)  # type: ignore[arg-type]
+    scaler = GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with cpu.running():
+        our_backward(net, pareto, 0, grad_scaler=scaler)
+        if scaled:
+            scaler.unscale_(optimizer)
+        counts = count(partial(pareto.step, grad_scaler=scaler, optimizer=optimizer))
+    assert (counts.launches, counts.synchronisations) == (1, 0)
+    assert counts.extra_bytes == 2 * len(NAMES) * 8  # the record
+
+
+def test_own_gradients_that_are_one_tensor(backend: Backend) -> None:
+    """Of a sum of parameters, accumulated over batches."""
+    found = []
+    for batches in (1, 2):
+        x, y, z = (nn.Parameter(torch.ones(3, device=backend.device)) for _ in range(3))
+        pareto = mmbal_fast.MMPareto({"a": [x, y], "b": [z]})
+        for _ in range(batches):
+            own = ((x + y + 1) ** 2).sum() / batches
+            fused = (x.sum() - 2 * y.sum() + z.sum()) / batches
+            pareto.backward({"fused": fused, "a": own, "b": z.sum() / batches})
+        pareto.step()
+        found.append(torch.stack([each.grad for each in (x, y, z) if each.grad is not None]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_encoder_whose_own_gradient_is_not_finite_keeps_the_sum(value: float) -> None:
+    x, y = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    pareto = mmbal_fast.MMPareto({"a": [x], "b": [y]})
+    pareto.backward({"fused": (x + y).sum(), "a": -x.sum(), "b": -2 * y.sum()})
+    assert pareto._own is not None
+    own = pareto._own[0]
+    assert own is not None
+    own[1] = value
+    record = pareto.step()
+    assert record.weights.isnan().tolist() == [True, False]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_compiled_step(cpu: Backend) -> None:
+    """``backward`` runs eagerly, as it must for autograd; the step is one graph."""
+    torch._dynamo.reset()
+    nets = [filled(Net()), filled(Net())]
+    with cpu.running():
+        for net, compiled in zip(nets, (False, True), strict=True):
+            pareto = mmbal_fast.MMPareto(net.encoders)  # type: ignore[arg-type]
+            step = pareto.step
+            if compiled:
+                step = torch.compile(step, fullgraph=True, backend="eager")
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+            for number in range(4):
+                pareto.gamma = 1.0 + 0.1 * number
+                optimizer.zero_grad()
+                our_backward(net, pareto, number)
+                step()
+                optimizer.step()
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_bad_input() -> None:
