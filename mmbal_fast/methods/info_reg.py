@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal_fast.functional import _checks
+from mmbal_fast.functional import _checks, _pull
 from mmbal_fast.training import ranks
 from mmbal_fast.training.amp import unscale_
 from mmbal_fast.training.gradients import Gradients
@@ -105,7 +105,7 @@ class InfoReg(MeanModulation):
             list(self.strengths.values()), dtype=torch.float32, device="cpu"
         )
         self._anchors: list[Tensor] = []
-        self._means_of: Tensor | None = None  # which tensors' mean squares a modality's trace adds
+        self._shares: Tensor | None = None  # of squares in traces
 
     @torch.no_grad()
     def start_epoch(self) -> None:
@@ -119,7 +119,7 @@ class InfoReg(MeanModulation):
             torch._foreach_copy_(self._anchors, weights)
         else:
             self._anchors = [each.clone() for each in weights]
-            self._means_of = None
+            self._shares = None
         memory = self._memory
         started = memory["epochs"] > 0
         closed = torch.cat([memory["traces"][1:], memory["trace"].unsqueeze(0)])
@@ -180,12 +180,19 @@ class InfoReg(MeanModulation):
         if error_if_nonfinite:
             gradients.require_finite(gradients.moments(device))
         self._finish_scores(work)
-        pull_(
-            self._groups.gradients(), self._weights(), anchors, self._groups.owners, self._rows[2]
-        )
-        count, mean, m2 = gradients.moments(device).unbind(1)
-        squares = torch.addcmul(m2, count * mean, mean) / count.clamp(min=1.0)
-        self._step_trace = torch.where(self._traced(device), squares, 0.0).sum(1)
+        groups = self._groups
+        squares = _pull.operation(
+            groups.gradients(),
+            self._weights(),
+            anchors,
+            self._rows[2],
+            groups.owners,
+            names=groups.names,
+        ).to(device)
+        if groups.shards is not None:
+            groups.shards.sum_(squares)
+        shares = self._shares_of_traces(device)
+        self._step_trace = torch.where(shares > 0, shares * squares, 0.0).sum(1)
         if scaler is None:
             self._counter.add_(1)
 
@@ -206,16 +213,24 @@ class InfoReg(MeanModulation):
         """This rank's elements of all selected parameters."""
         return [local_part(each).detach() for each in self._groups.parameters]
 
-    def _traced(self, device: torch.device) -> Tensor:
-        """Which parameters' mean squares are in whose trace, bool ``[M, T]``."""
-        if self._means_of is None or self._means_of.device != device:
-            owners = [
-                owner if each.ndim >= 2 else -1
-                for owner, each in zip(self._groups.owners, self._groups.parameters, strict=True)
-            ]
-            wanted = torch.arange(len(self.names), device="cpu").unsqueeze(1)
-            self._means_of = (wanted == torch.tensor(owners, device="cpu")).to(device)
-        return self._means_of
+    def _shares_of_traces(self, device: torch.device) -> Tensor:
+        """What a modality's trace has of a parameter's sum of squares, float64 ``[M, T]``.
+
+        1 over the number of elements, of the whole tensor; 0 for those of others and of less than
+        two dimensions.
+        """
+        if self._shares is None or self._shares.device != device:
+            groups = self._groups
+            shares = torch.zeros(
+                len(self.names), len(groups.owners), dtype=torch.float64, device="cpu"
+            )
+            for index, (owner, each) in enumerate(
+                zip(groups.owners, groups.parameters, strict=True)
+            ):
+                if each.ndim >= 2 and each.numel() > 0:
+                    shares[owner, index] = 1.0 / each.numel()
+            self._shares = shares.to(device)
+        return self._shares
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -244,33 +259,3 @@ class InfoReg(MeanModulation):
             "hash of strengths and watch": ranks.hash_of(self.strengths, self.watch),
             "hash of the traces": ranks.hash_of(self._memory["traces"].tolist()),
         }
-
-
-@torch.no_grad()
-def pull_(
-    grads: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    owners: Sequence[int],
-    beta: Tensor,
-) -> None:
-    """``g <- g + beta_m (theta - anchor)`` in place; None is left alone.
-
-    Args:
-        grads: T gradients.
-        weights: T parameters.
-        anchors: T tensors.
-        owners: T positions in ``beta``.
-        beta: float32 ``[M]``, on the device of the gradients.
-    """
-    for index, factor in enumerate(beta.unbind()):
-        mine = [
-            (grad, weight, anchor)
-            for grad, weight, anchor, owner in zip(grads, weights, anchors, owners, strict=True)
-            if owner == index and grad is not None
-        ]
-        if mine:
-            own, near, far = (list(each) for each in zip(*mine, strict=True))
-            moved = torch._foreach_sub(near, far)
-            torch._foreach_mul_(moved, factor)
-            torch._foreach_add_(own, moved)

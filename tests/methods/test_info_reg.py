@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mmbal_fast
+from mmbal_fast import functional
+from mmbal_fast.bench._baselines import published_pull_
 from mmbal_fast.nn import unimodal_logits
+
+if TYPE_CHECKING:
+    from tests.conftest import Backend
 
 WIDTHS = {"audio": 5, "visual": 3, "text": 2}
 
@@ -113,13 +118,14 @@ def published(model: Net, epochs: int, steps: int) -> list[tuple[float, float]]:
                 beta = 0.95 * math.exp(math.tanh(score_a - score_v))
             elif score_a < score_v and k > 0.05:
                 beta2 = 0.1 * math.exp(math.tanh(score_v - score_a))
-            for name, parameter in model.named_parameters():
-                before = global_model.get_parameter(name)
-                if "audio" in name:
-                    parameter.grad += (beta * (parameter - before)).detach()
-                if "visual" in name:
-                    parameter.grad += (beta2 * (parameter - before)).detach()
-            fim += model.encoders["audio"][0].weight.grad ** 2  # type: ignore[index]
+            named = [(n, p) for n, p in model.named_parameters() if "audio" in n or "visual" in n]
+            squares = published_pull_(
+                [p.grad for _, p in named if p.grad is not None],
+                [p for _, p in named],
+                [global_model.get_parameter(n) for n, _ in named],
+                [beta if "audio" in n else beta2 for n, _ in named],
+            )
+            fim += dict(zip((n for n, _ in named), squares, strict=True))["encoders.audio.0.weight"]
             optimizer.step()
             betas.append((beta, beta2))
         audio_trace_list.append(fim.mean().item())
@@ -174,6 +180,69 @@ def test_the_window_closes_where_the_trace_no_longer_grows() -> None:
     method.load_state_dict(state)
     method.observe(scores={"a": 1.0, "b": 0.0})
     assert method.step().coefficients[0] > 2
+
+
+def test_the_trace_is_of_mean_squares_of_matrices_after_the_pull() -> None:
+    """In float64, of every step of the epoch, nothing of biases."""
+    parameters = {
+        name: [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))] for name in "ab"
+    }
+    method = mmbal_fast.InfoReg(parameters, strengths=1.0)
+    method.start_epoch()
+    beta = math.exp(math.tanh(1.0))
+    for moved in (0.0, 0.5):
+        for group in parameters.values():
+            for each in group:
+                each.data.add_(moved)
+                each.grad = torch.full_like(each, 2.0)
+        method.observe(scores={"a": 1.0, "b": 0.0})
+        method.step()
+    (first, bias), _ = parameters.values()
+    assert first.grad is not None
+    assert bias.grad is not None
+    pulled = 2.0 + beta * 0.5
+    torch.testing.assert_close(first.grad, torch.full((2, 3), pulled))
+    torch.testing.assert_close(bias.grad, torch.full((3,), pulled))
+    trace = method.state_dict()["trace"]
+    torch.testing.assert_close(
+        trace, torch.tensor([4.0 + pulled**2, 8.0]).double(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("native", ["cuda-emulated"], indirect=True)
+def test_one_launch_pulls_and_measures(native: Backend) -> None:
+    assert native.native is not None
+    grads, weights, anchors = (list(each.unbind()) for each in torch.randn(3, 5, 5000))
+    beta = torch.tensor([0.5, 0.0])
+    functional.pull_(grads, weights, anchors, beta, [0, 1, 0, 1, 1])  # allocates
+    native.native.begin_capture()
+    try:
+        functional.pull_(grads, weights, anchors, beta, [0, 1, 0, 1, 1])
+    finally:
+        launches = native.native.end_capture()
+    assert len(launches) == 1
+
+
+def test_a_compiled_step(cpu: Backend) -> None:
+    torch._dynamo.reset()
+    nets = [Net(), Net()]
+    with cpu.running():
+        for net, compiled in zip(nets, (False, True), strict=True):
+            method = mmbal_fast.InfoReg(net.encoders)
+            step: Any = method.step
+            if compiled:
+                step = torch.compile(step, fullgraph=True, backend="eager")
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            for number in range(8):
+                if number % 4 == 0:
+                    method.start_epoch()
+                optimizer.zero_grad()
+                loss, logits, target = losses_of(net, number)
+                loss.backward()
+                step({name: each.detach() for name, each in logits.items()}, target)
+                optimizer.step()
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_step_needs_an_epoch() -> None:
