@@ -104,7 +104,7 @@ def test_no_tensor_at_all(native: Backend) -> None:
     ):
         modulate_([*good, 0.5], k, [0] * 4)  # type: ignore[list-item]
     with pytest.raises(
-        TypeError, match=r"^modulate_: grads must be a sequence .* \(got NoneType\)$"
+        TypeError, match=r"^modulate_: grads must be a list or tuple .* \(got NoneType\)$"
     ):
         modulate_(None, k, [0])  # type: ignore[arg-type]
 
