@@ -14,19 +14,25 @@ constexpr int64_t kSample = 256;
 template <class T>
 Partial moments_in_double(const void* data, int64_t count) {
   const T* x = static_cast<const T*>(data);
-  double lanes[kLanes] = {};
-  const int64_t sample = count < kSample ? count : kSample;
-  for_each_in_lanes(x, sample, [&](T value, int lane) { lanes[lane] += to_double(value); });
-  const double pivot = pairwise_sum(lanes) / static_cast<double>(sample);
-  double shifted[kLanes] = {};
-  double squares[kLanes] = {};
-  for_each_in_lanes(x, count, [&](T value, int lane) {
-    const double d = to_double(value) - pivot;
-    shifted[lane] += d;
-    squares[lane] += d * d;
-  });
-  return partial_from_shifted(pivot, pairwise_sum(shifted), pairwise_sum(squares),
-                              static_cast<double>(count));
+  Partial result{};
+  for (const int64_t sample : {count < kSample ? count : kSample, count}) {
+    double lanes[kLanes] = {};
+    for_each_in_lanes(x, sample,
+                      [&](T value, int lane) { lanes[lane] += kSumUnit * to_double(value); });
+    const double pivot = pairwise_sum(lanes) / (kSumUnit * static_cast<double>(sample));
+    double shifted[kLanes] = {};
+    double squares[kLanes] = {};
+    for_each_in_lanes(x, count, [&](T value, int lane) {
+      const double d = to_double(value) - pivot;
+      shifted[lane] += kSumUnit * to_double(value) - kSumUnit * pivot;
+      squares[lane] += d * d;
+    });
+    result = partial_from_shifted(pivot, pairwise_sum(shifted) / kSumUnit, pairwise_sum(squares),
+                                  static_cast<double>(count));
+    // About the mean of all no sum overflows that need not.
+    if (is_finite(result.mean)) break;
+  }
+  return result;
 }
 
 // Deviations from the pivot and their squares, both summed: one pass.

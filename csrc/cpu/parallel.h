@@ -21,7 +21,7 @@ inline int useful_threads(int64_t work, int threads) {
 
 // Calls f(i) for i in [0, count), each once, on any thread.
 template <class F>
-void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
+void parallel_for(int64_t count, [[maybe_unused]] int64_t grain, int threads, F&& f) {
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;

@@ -74,14 +74,16 @@ template <class A, class Values>
 __device__ __forceinline__ bool measure_in(const Values& values, int count, Shifted& result) {
   __shared__ A sums[kWarps];
   __shared__ A squares_of_warps[kWarps];
+  // What float32 has no range for is measured in float64.
+  constexpr A kUnit = sizeof(A) == 8 ? static_cast<A>(kSumUnit) : A{1};
   A sum = 0;
-  values.each([&](A x) { sum += x; });
-  const A pivot = block_sum(sum, sums) / static_cast<A>(count);
+  values.each([&](A x) { sum += kUnit * x; });
+  const A pivot = block_sum(sum, sums) / (kUnit * static_cast<A>(count));
   A shifted = 0;
   A squares = 0;
   values.each([&](A x) {
     const A d = x - pivot;
-    shifted += d;
+    shifted += kUnit == 1 ? d : kUnit * x - kUnit * pivot;
     squares = fma(d, d, squares);
   });
   shifted = warp_sum(shifted);
@@ -99,6 +101,7 @@ __device__ __forceinline__ bool measure_in(const Values& values, int count, Shif
       result.sum += sums[warp];
       result.squares += squares_of_warps[warp];
     }
+    result.sum /= kUnit;
     out_of_range = sizeof(A) == 4 && squares_out_of_range(result.squares, count);
   }
   return sizeof(A) == 8 || !__syncthreads_or(out_of_range);
@@ -135,9 +138,9 @@ __device__ __forceinline__ void merge_chunks(const Partial* chunks, int total, i
   double sum = 0;
   MMBAL_UNROLL_BY(4)
   for (int c = static_cast<int>(threadIdx.x); c < total; c += kThreads) {
-    sum += load(c).mean * chunk_size(count, c);
+    sum += load(c).mean * (kSumUnit * chunk_size(count, c));
   }
-  const double mean = block_sum(sum, sums) / static_cast<double>(count);
+  const double mean = block_sum(sum, sums) / (kSumUnit * static_cast<double>(count));
   double m2 = 0;
   MMBAL_UNROLL_BY(4)
   for (int c = static_cast<int>(threadIdx.x); c < total; c += kThreads) {

@@ -98,8 +98,7 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
   View counter{};
   const NoiseSource source = noise_source(op, seed, step, &counter);
   const bool counts = advance && source.step_pointer != nullptr;
-  if (gradients.items.empty() && !counts) return py::none();
-  const View& where = gradients.items.empty() ? counter : gradients.first;
+  const View& where = gradients.items.empty() ? k : gradients.first;
   if (gradients.gaps.empty()) drop_repeated(gradients, names);
   if (py::object reason = gradients.unfit(); !reason.is_none()) return reason;
   require_device(k, op + ": coefficients", where, "the gradients");
@@ -128,6 +127,7 @@ py::object modulate_(py::handle grads, py::handle coefficients, py::handle modal
     args.inverse_scale = number("inverse_scale", inverse_scale);
     args.found_inf = number("found_inf", found_inf);
   }
+  if (gradients.items.empty() && !counts) return py::none();
   on_device_of(where, threads, workspace, [&](const auto& device) { modulate(args, device); });
   return py::none();
 }

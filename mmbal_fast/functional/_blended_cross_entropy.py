@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmbal_fast import _backend, reference
 from mmbal_fast.functional import _checks
-from mmbal_fast.functional._logits import classes_second, plain, rows
+from mmbal_fast.functional._logits import check_labels, classes_second, plain, rows
 from mmbal_fast.functional._operation import Operation
 from mmbal_fast.reference._blending import compute_dtype
 
@@ -94,7 +94,8 @@ def blend(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`blended_cross_entropy` and the number of samples that counted, int64 ``[]``."""
-    weights = _checked(logits, target, weights, label_smoothing)
+    weights, label_smoothing = _checked(logits, target, weights, label_smoothing)
+    ignore_index = _checks.word("blended_cross_entropy", "ignore_index", ignore_index)
     logits, target = [plain(each) for each in logits], plain(target)
     dtype = compute_dtype(logits)
     if dtype == torch.float64:  # the kernels have all logits in float64, or none
@@ -107,10 +108,12 @@ def blend(
     return loss, per_head, count
 
 
-def check_label_smoothing(op: str, label_smoothing: float) -> None:
+def check_label_smoothing(op: str, label_smoothing: float) -> float:
     """Refuse label smoothing outside 0 to 1."""
-    if not 0.0 <= label_smoothing <= 1.0:
+    value = _checks.real(op, "label_smoothing", label_smoothing)
+    if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be 0 to 1 (got {label_smoothing})")
+    return value
 
 
 def _checked(
@@ -118,17 +121,19 @@ def _checked(
     target: Tensor,
     weights: Tensor | Sequence[float],
     label_smoothing: float,
-) -> Tensor:
-    """Refuse what does not fit; the weights as float64 on the logits' device."""
+) -> tuple[Tensor, float]:
+    """Refuse what does not fit; the weights as float64 on the logits' device, the smoothing."""
     op = "blended_cross_entropy"
+    _checks.batch_of_tensors(op, logits, target)
     if len(logits) < 2:
         raise ValueError(f"{op}: there must be at least 2 heads (got {len(logits)})")
     _checks.batch(op, logits, target)
     if target.requires_grad:
         raise ValueError(f"{op}: soft labels are constants, detach them (got requires_grad=True)")
-    check_label_smoothing(op, label_smoothing)
-    if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float64, device=target.device)
+    label_smoothing = check_label_smoothing(op, label_smoothing)
+    if isinstance(weights, Tensor) and weights.requires_grad:
+        raise ValueError(f"{op}: weights are constants, detach them (got requires_grad=True)")
+    weights = _checks.numbers(op, "weights", weights, target.device)
     if weights.shape != (len(logits),):
         raise ValueError(
             f"{op}: weights must be [{len(logits)}], one for each head (got {list(weights.shape)})"
@@ -137,9 +142,7 @@ def _checked(
         raise ValueError(
             f"{op}: weights must be on the logits' device {target.device} (got {weights.device})"
         )
-    if weights.requires_grad:
-        raise ValueError(f"{op}: weights are constants, detach them (got requires_grad=True)")
-    return weights.double()
+    return weights, label_smoothing
 
 
 def _fake(
@@ -186,6 +189,7 @@ def _reference(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_labels("blended_cross_entropy", logits, target, ignore_index)
     _, _, normalizers, count = _fake(logits, target, weights)
     loss, per_head = reference.blended_cross_entropy(
         logits, target, weights, label_smoothing=label_smoothing, ignore_index=ignore_index

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmbal_fast.functional import _checks
 from mmbal_fast.functional._operation import in_graph
 from mmbal_fast.functional._overfitting_to_generalization_ratio import checked_losses
 from mmbal_fast.reference._blending import FLOOR, normalized, shares
@@ -73,5 +74,6 @@ def blending_weights(
 
 def check_floor(op: str, floor: float) -> None:
     """Refuse a floor that is not a positive number."""
-    if not (floor > 0 and math.isfinite(floor)):
+    value = _checks.real(op, "floor", floor)
+    if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{op}: floor must be a positive number (got {floor})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,43 @@ STATISTICS = ("probability", "log_probability", "accuracy")
 """In the order of csrc/operations/scores.h."""
 
 
+def real(op: str, name: str, value: object) -> float:
+    """A number that a float holds."""
+    # The protocol's own check takes 9 us: not for a float.
+    if type(value) is float:
+        return value
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{op}: {name} must be a number (got {value!r})")
+    try:
+        return float(value)
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{op}: {name} must be one number ({error})") from error
+
+
 def number(op: str, name: str, value: float | Tensor) -> float:
     """A finite number that is not negative."""
-    # The protocol's own check takes 9 us: not for a float.
-    if type(value) is not float and not isinstance(value, SupportsFloat):
-        raise TypeError(f"{op}: {name} must be a number (got {value!r})")
-    if not (value >= 0 and math.isfinite(value)):
+    as_float = real(op, name, value)
+    if not (as_float >= 0 and math.isfinite(as_float)):
         raise ValueError(f"{op}: {name} must be a number from 0 on (got {value})")
-    return float(value)
+    return as_float
+
+
+def numbers(
+    op: str, name: str, values: Tensor | Sequence[float], device: torch.device | None
+) -> Tensor:
+    """A dense tensor, or numbers put on a device, as float64."""
+    if isinstance(values, Tensor):
+        if values.is_complex() or values.layout != torch.strided:
+            raise TypeError(
+                f"{op}: {name} must be dense real numbers (got {values.dtype}, {values.layout})"
+            )
+        return values.double()
+    try:
+        return torch.tensor(values, dtype=torch.float64, device=device or "cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"{op}: {name} must be a tensor or numbers (got {type(values).__name__}: {error})"
+        ) from error
 
 
 def setting(op: str, name: str, value: float | Tensor) -> float | Tensor:
@@ -51,6 +80,11 @@ def word64(op: str, name: str, value: int) -> int:
     return value
 
 
+def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    """The device of the first of some tensors."""
+    return next((each.device for each in tensors if isinstance(each, Tensor)), torch.device("cpu"))
+
+
 def integer(op: str, name: str, value: object, least: int, most: int) -> int:
     """An integer from ``least`` to ``most``."""
     if not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
@@ -61,27 +95,32 @@ def integer(op: str, name: str, value: object, least: int, most: int) -> int:
     return number
 
 
-def tensor_id(op: str, name: str, value: int) -> None:
+def word(op: str, name: str, value: object) -> int:
+    """A 64-bit integer."""
+    return integer(op, name, value, -(2**63), 2**63 - 1)
+
+
+def tensor_id(op: str, name: str, value: object) -> int:
     """A 32-bit number of the noise."""
-    integer(op, name, value, 0, 2**32 - 1)
+    return integer(op, name, value, 0, 2**32 - 1)
 
 
-def offset(op: str, name: str, value: int, elements: int) -> None:
+def offset(op: str, name: str, value: object, elements: int) -> int:
     """A global index of a first element; those behind it are 64-bit numbers too."""
-    if integer(op, name, value, 0, 2**63 - 1) + elements >= 2**63:
+    first = integer(op, name, value, 0, 2**63 - 1)
+    if first + elements >= 2**63:
         raise ValueError(
             f"{op}: {name} must leave room for {elements} elements below 2^63 (got {value})"
         )
+    return first
 
 
-def step(op: str, value: int | Tensor) -> None:
+def step(op: str, value: int | Tensor, device: torch.device) -> None:
     """A step number, or an int64 tensor that holds one."""
-    if not isinstance(value, Tensor):
-        integer(op, "step", value, -(2**63), 2**63 - 1)
-    elif value.dtype != torch.int64:
-        raise TypeError(f"{op}: step must be int64 (got {value.dtype})")
-    elif value.numel() != 1:
-        raise ValueError(f"{op}: step must have one element (got shape {list(value.shape)})")
+    if isinstance(value, Tensor):
+        tensor(op, "step", value, torch.int64, None, device)
+    else:
+        word(op, "step", value)
 
 
 def rule_name(op: str, rule: object) -> str:
@@ -104,6 +143,9 @@ def statistic_name(op: str, statistic: object) -> str:
 
 def vector(op: str, name: str, value: Tensor, least: int) -> None:
     """A one-dimensional floating point tensor of at least ``least`` elements."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        got = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be a dense tensor (got {got})")
     if value.ndim != 1 or len(value) < least or not value.is_floating_point():
         raise ValueError(
             f"{op}: {name} must be floating point of shape [M], M >= {least} "
@@ -119,6 +161,29 @@ def sequence(op: str, name: str, value: object) -> None:
         )
 
 
+def one_for_each(op: str, name: str, values: Any, each: str, total: int) -> list[Any]:
+    """The entries of a sequence, one for ``each`` of ``total``."""
+    # As the native module: what can be read more than once and has an order.
+    if not hasattr(type(values), "__getitem__") or isinstance(values, str | Mapping):
+        raise TypeError(
+            f"{op}: {name} must be a sequence of integers (got {type(values).__name__})"
+        )
+    entries = list(values)
+    if len(entries) != total:
+        raise ValueError(
+            f"{op}: {name} must hold one integer per {each} (got {len(entries)} for {total})"
+        )
+    return entries
+
+
+def integers(op: str, name: str, values: Any, each: str, total: int) -> list[int]:
+    """One 64-bit integer for ``each`` of ``total``."""
+    entries = one_for_each(op, name, values, each, total)
+    if set(map(type, entries)) <= {int}:
+        return entries
+    return [word(op, f"{name}[{index}]", value) for index, value in enumerate(entries)]
+
+
 def mapping(op: str, name: str, value: object, holds: str) -> None:
     """Something by name, such as a dict or an ``nn.ModuleDict``."""
     if type(value) is not dict and not isinstance(value, Mapping | nn.ModuleDict):
@@ -128,16 +193,26 @@ def mapping(op: str, name: str, value: object, holds: str) -> None:
         )
 
 
-def batch(op: str, logits: Sequence[Tensor], target: Tensor, *, multi_label: bool = False) -> None:
-    """Logits of one shape ``[B, C, ...]`` on one device, and labels that fit them."""
+def batch_of_tensors(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
+    """Dense tensors, whatever their shapes."""
+    sequence(op, "logits", logits)
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a tensor (got {type(target).__name__})")
+    for each in logits:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{op}: logits must be tensors (got {type(each).__name__})")
+    for name, each in (("target", target), *(("logits", each) for each in logits)):
+        if each.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be dense (got {each.layout})")
+
+
+def batch(op: str, logits: Sequence[Tensor], target: Tensor, *, multi_label: bool = False) -> None:
+    """Logits of one shape ``[B, C, ...]`` on one device, and labels that fit them."""
+    batch_of_tensors(op, logits, target)
     if len(logits) == 0:
         raise ValueError(f"{op}: logits must hold at least one tensor (got none)")
     first, device = logits[0], target.device
     for each in logits:
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{op}: logits must be tensors (got {type(each).__name__})")
         if each.dtype not in FLOATS:
             raise TypeError(
                 f"{op}: logits must be float32, float64, float16 or bfloat16 (got {each.dtype})"
@@ -216,11 +291,74 @@ def label(names: Sequence[str] | None, index: int) -> str:
     return f"gradient '{names[index]}'" if names is not None else f"gradient grads[{index}]"
 
 
+def dense(op: str, what: str, value: object) -> Tensor:
+    """A tensor with memory of its own: what the native module checks itself."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {what} must be a plain dense tensor on cpu or cuda (got {type(value).__name__})"
+        )
+    elsewhere = not in_graph() and (
+        type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ or value._is_zerotensor()
+    )
+    if value.layout != torch.strided or value.is_meta or elsewhere:
+        raise TypeError(
+            f"{op}: {what} must be a plain dense tensor on cpu or cuda "
+            f"(got {type(value).__name__}, {value.layout}, {value.dtype} on {value.device})"
+        )
+    return value
+
+
+def dense_floats(op: str, what: str, value: object) -> Tensor:
+    """The same of one of the four types that gradients and logits may have."""
+    tensor = dense(op, what, value)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {what} must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
+        )
+    return tensor
+
+
+def tensor(
+    op: str,
+    name: str,
+    given: object,
+    dtype: torch.dtype,
+    shape: Sequence[int] | None,
+    device: torch.device,
+) -> None:
+    """A contiguous tensor of one type, of ``shape`` or one element: as the native module asks."""
+    value = dense(op, name, given)
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{op}: {name} must be {str(dtype).removeprefix('torch.')} (got {value.dtype})"
+        )
+    if shape is None and value.numel() != 1:
+        raise ValueError(f"{op}: {name} must have one element (got shape {list(value.shape)})")
+    if shape is not None and list(value.shape) != list(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)} (got {list(value.shape)})")
+    if value.device.type != device.type:
+        raise ValueError(
+            f"{op}: {name} must be on the device of the gradients (got {value.device} and {device})"
+        )
+    if in_graph():
+        return  # what its memory is, is known when the graph runs
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous "
+            f"(got shape {list(value.shape)}, strides {list(value.stride())})"
+        )
+    if value.is_neg():
+        raise TypeError(
+            f"{op}: {name} must be a plain dense tensor on cpu or cuda "
+            "(got negated view, resolve_neg() copies it)"
+        )
+
+
 def gradients(op: str, grads: Sequence[Tensor | None], names: Sequence[str] | None) -> None:
     """Dense floating point gradients: what the native module checks itself."""
     for index, grad in enumerate(grads):
         if grad is not None:
-            _dense(op, label(names, index), grad)
+            _gradient(op, label(names, index), grad)
 
 
 def companions(op: str, names: Sequence[str] | None, **lists: Sequence[Tensor | None]) -> list[int]:
@@ -246,7 +384,7 @@ def companions(op: str, names: Sequence[str] | None, **lists: Sequence[Tensor | 
         for name, each in zip(lists, (one, *rest), strict=True):
             if each is not None:
                 own = name == main and names is not None
-                _dense(op, label(names, index) if own else f"{name}[{index}]", each)
+                _gradient(op, label(names, index) if own else f"{name}[{index}]", each)
         if one is None or any(each is None or not each.numel() for each in (one, *rest)):
             continue
         for name, each in zip(list(lists)[1:], rest, strict=True):
@@ -292,16 +430,8 @@ def modalities(
             )
 
 
-def _dense(op: str, what: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise TypeError(
-            f"{op}: {what} must be a plain dense tensor on cpu or cuda "
-            f"(got {type(tensor).__name__}, {tensor.layout}, {tensor.dtype} on {tensor.device})"
-        )
-    if tensor.dtype not in FLOATS:
-        raise TypeError(
-            f"{op}: {what} must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
-        )
+def _gradient(op: str, what: str, value: object) -> None:
+    tensor = dense_floats(op, what, value)
     if overlapping(tensor):
         raise RuntimeError(
             f"{op}: {what} must not share memory between its elements "

@@ -79,6 +79,7 @@ def contribution_scores(
     logits, target = classes_second(op, logits, target, class_dim)
     if in_graph() or not isinstance(target, Tensor):
         _checks.batch(op, logits, target, multi_label=multi_label)
+    ignore_index = _checks.word(op, "ignore_index", ignore_index)
     return _operation(
         logits, target, multi_label, ignore_index, _checks.statistic_name(op, statistic)
     )

@@ -51,17 +51,10 @@ def gradient_dots(first: Sequence[Tensor | None], second: Sequence[Tensor | None
     return _operation(first, second)
 
 
-def _device(first: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> torch.device:
-    for each in first:
-        if each is not None:
-            return each.device
-    return torch.device("cpu")
-
-
 def _native(
     native: ModuleType, first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 ) -> Tensor:
-    dots = torch.zeros(len(first), 3, dtype=torch.float64, device=_device(first, second))
+    dots = torch.zeros(len(first), 3, dtype=torch.float64, device=_checks.device_of(first))
     unfit = native.gradient_dots(first, second, dots, torch.get_num_threads(), _backend.workspace)
     if unfit is True:  # several devices
         for index, pair in enumerate(zip(first, second, strict=True)):
@@ -79,7 +72,7 @@ def _reference(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) 
 
 _operation = Operation(
     "gradient_dots(Tensor[] first, Tensor[] second) -> Tensor",
-    device=_device,
+    device=lambda first, _: _checks.device_of(first),
     native=_native,
     reference=_reference,
     fake=lambda first, second: first[0].new_empty((len(first), 3), dtype=torch.float64),

@@ -42,13 +42,6 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
     return moments_of(grads)
 
 
-def _device(grads: Sequence[Tensor | None]) -> torch.device:
-    for grad in grads:
-        if grad is not None:
-            return grad.device
-    return torch.device("cpu")
-
-
 def _native(
     native: ModuleType,
     grads: Sequence[Tensor | None],
@@ -58,7 +51,7 @@ def _native(
 ) -> Tensor:
     moments = out
     if moments is None:
-        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=_device(grads))
+        moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=_checks.device_of(grads))
     unfit = native.moments(grads, moments, names, torch.get_num_threads(), _backend.workspace)
     if unfit is True:  # several devices
         _checks.gradients("gradient_moments", grads, names)
@@ -86,7 +79,7 @@ def _reference(
 
 moments_of = Operation(
     "gradient_moments(Tensor[] grads) -> Tensor",
-    device=_device,
+    device=_checks.device_of,
     native=_native,
     reference=_reference,
     fake=lambda grads: grads[0].new_empty((len(grads), 3), dtype=torch.float64),

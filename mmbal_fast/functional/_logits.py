@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mmbal_fast.functional import _checks
 from mmbal_fast.functional._operation import in_graph
 
 
@@ -30,6 +31,8 @@ def classes_second(
     Raises:
         ValueError: the logits have no such dimension.
     """
+    class_dim = _checks.word(op, "class_dim", class_dim)
+    _checks.batch_of_tensors(op, logits, target)
     if class_dim == 1:
         return list(logits), target
 
@@ -49,13 +52,15 @@ def rows(tensor: Tensor) -> Tensor:
     """Values by class ``[B, C, ...]`` as contiguous rows ``[N, C]``, one for each label."""
     if tensor.ndim > 2:
         tensor = tensor.movedim(1, -1).flatten(0, -2)
-    return tensor.contiguous()
+    return tensor.resolve_neg().contiguous()
 
 
 def check_labels(op: str, logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> None:
     """Raise IndexError for a label outside ``[0, C)``; only on the CPU, where reading is free."""
     if target.is_floating_point() or target.device.type != "cpu":
         return
+    if torch._C._functorch.maybe_current_level() is not None:
+        return  # a transform of torch.func has no values to read
     classes = logits[0].shape[1]
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(wrong.any()):

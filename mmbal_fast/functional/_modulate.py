@@ -119,7 +119,13 @@ def finite_moments(
     names: Sequence[str] | None = None,
 ) -> Tensor:
     """Moments of the gradients, read by the host to raise if they are not finite."""
-    moments = moments_of(grads, names=names) if moments is None else moments
+    _checks.sequence(op, "grads", grads)
+    _checks.gradients(op, grads, names)
+    if moments is None:
+        moments = moments_of(grads, names=names)
+    else:
+        on = moments.device if isinstance(moments, Tensor) else _checks.device_of(grads)
+        _checks.tensor(op, "moments", moments, torch.float64, [len(grads), 3], on)
     broken = (~moments[:, 1].isfinite()).nonzero().flatten().tolist()
     if broken:
         which = ", ".join(_checks.label(names, index) for index in broken)
@@ -276,7 +282,7 @@ def _per_device_(native: ModuleType, grads: Sequence[Tensor | None], given: _Arg
         return None if value is None else value.to(device, non_blocking=True)
 
     # All groups are checked before the first is written.
-    _checks.gradients("modulate_", grads, given.names)
+    given = _checked(grads, given)
     _memory.distinct("modulate_", grads, given.modality, given.names)
     for device, kept in groups.items():
         local = given.only(kept, len(grads))
@@ -298,37 +304,58 @@ def _per_device_(native: ModuleType, grads: Sequence[Tensor | None], given: _Arg
         given.counter.add_(1)  # type: ignore[union-attr]
 
 
+def _checked(grads: Sequence[Tensor | None], given: _Arguments) -> _Arguments:
+    """Refuses what the native module refuses; integers of other kinds as Python's own."""
+    op, total, k = "modulate_", len(grads), given.coefficients
+    home = k.device
+    lists: dict[str, list[Any]] = {}
+    for name in ("modality", "tensor_ids", "offsets"):
+        values = getattr(given, name)
+        if values is not None or name == "modality":
+            lists[name] = _checks.one_for_each(op, name, values, "gradient", total)
+    _checks.tensor(op, "coefficients", k, torch.float32, [k.numel()], home)
+    _checks.gradients(op, grads, given.names)
+    used = [index for index, each in enumerate(grads) if each is not None and each.numel() > 0]
+    _checks.modalities(op, lists["modality"], grads, used, len(k), given.names)
+    for index in used:
+        grad = grads[index]
+        assert grad is not None
+        numbers = {name: f"{name}[{index}]" for name in lists}
+        lists["modality"][index] = _checks.word(op, numbers["modality"], lists["modality"][index])
+        if grad.device.type != home.type:
+            raise ValueError(
+                f"{op}: coefficients must be on the device of the gradients "
+                f"(got {home} and {grad.device})"
+            )
+        if "tensor_ids" in lists:
+            value = lists["tensor_ids"][index]
+            lists["tensor_ids"][index] = _checks.tensor_id(op, numbers["tensor_ids"], value)
+        if "offsets" in lists:
+            value = lists["offsets"][index]
+            lists["offsets"][index] = _checks.offset(op, numbers["offsets"], value, grad.numel())
+    _checks.step(op, given.now, home)
+    for name, value, dtype, shape in (
+        ("moments", given.moments, torch.float64, [total, 3]),
+        ("status", given.status, torch.int32, None),
+        ("inverse_scale", given.inverse_scale, torch.float32, None),
+        ("found_inf", given.found_inf, torch.float32, None),
+    ):
+        if value is not None:
+            _checks.tensor(op, name, value, dtype, shape, home)
+    return given._replace(
+        modality=lists["modality"],
+        tensor_ids=lists.get("tensor_ids"),
+        offsets=lists.get("offsets"),
+    )
+
+
 def _reference(
     grads: Sequence[Tensor | None], *values: Any, names: Sequence[str] | None = None
 ) -> None:
     op = "modulate_"
-    given = _Arguments._make((*values, names))
+    grads = tuple(grads)
+    given = _checked(grads, _Arguments._make((*values, names)))
     total = len(grads)
-    for name, entries in (("tensor_ids", given.tensor_ids), ("offsets", given.offsets)):
-        if entries is not None and len(entries) != total:
-            raise ValueError(
-                f"{op}: {name} must hold one entry per gradient (got {len(entries)} for {total})"
-            )
-    if given.moments is not None and given.moments.shape != (total, 3):
-        raise ValueError(
-            f"{op}: moments must have shape {[total, 3]} (got {list(given.moments.shape)})"
-        )
-    _checks.step(op, given.now)
-    _checks.gradients(op, grads, given.names)
-    used = [index for index, each in enumerate(grads) if each is not None and each.numel() > 0]
-    _checks.modalities(op, given.modality, grads, used, len(given.coefficients), given.names)
-    for index in used:
-        grad = grads[index]
-        assert grad is not None
-        if grad.device.type != given.coefficients.device.type:
-            raise ValueError(
-                f"{op}: coefficients must be on the device of the gradients "
-                f"(got {given.coefficients.device} and {grad.device})"
-            )
-        if given.tensor_ids is not None:
-            _checks.tensor_id(op, f"tensor_ids[{index}]", given.tensor_ids[index])
-        if given.offsets is not None:
-            _checks.offset(op, f"offsets[{index}]", given.offsets[index], grad.numel())
     kept = _memory.distinct(op, grads, given.modality, given.names)
     local = given.only(kept, total)
     mine = [grads[index] for index in kept]

@@ -49,14 +49,11 @@ def noise_like(
         True
     """
     op = "noise_like"
+    _checks.dense_floats(op, "tensor", tensor)
     seed = _checks.word64(op, "seed", seed)
     _checks.tensor_id(op, "tensor_id", tensor_id)
     _checks.offset(op, "offset", offset, tensor.numel())
-    _checks.step(op, step)
-    if tensor.dtype not in _checks.FLOATS:
-        raise TypeError(
-            f"{op}: tensor must be float32, float64, float16 or bfloat16 (got {tensor.dtype})"
-        )
+    _checks.step(op, step, tensor.device)
     number, counter = (0, step) if isinstance(step, Tensor) else (step, None)
     return _operation(tensor, seed, number, counter, tensor_id, offset)
 

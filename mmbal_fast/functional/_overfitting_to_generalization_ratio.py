@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mmbal_fast import reference
+from mmbal_fast.functional import _checks
 
 
 def overfitting_to_generalization_ratio(
@@ -55,10 +55,10 @@ def checked_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four as float64 ``[K]``, or ValueError."""
     first, second, third, fourth = (
-        each.double()
-        if isinstance(each, Tensor)
-        else torch.tensor(each, dtype=torch.float64, device="cpu")
-        for each in losses
+        _checks.numbers(op, name, each, None)
+        for name, each in zip(
+            ("train_before", "val_before", "train_after", "val_after"), losses, strict=True
+        )
     )
     tensors = first, second, third, fourth
     if first.ndim != 1 or any(each.shape != first.shape for each in tensors):

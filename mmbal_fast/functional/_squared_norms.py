@@ -46,24 +46,25 @@ def squared_norms(
         >>> functional.squared_norms([torch.tensor([3.0, 4.0]), None, torch.ones(4)], [0, 0, 2])
         tensor([25.,  0.,  4.], dtype=torch.float64)
     """
-    if len(groups) != len(tensors):
-        raise ValueError(
-            "squared_norms: groups must hold one number for each tensor "
-            f"(got {len(groups)} for {len(tensors)} tensors)"
-        )
-    bound = max(groups, default=-1) + 1 if num_groups is None else num_groups
+    op = "squared_norms"
+    _checks.sequence(op, "tensors", tensors)
+    groups = _checks.integers(op, "groups", groups, "tensor", len(tensors))
+    if num_groups is None:
+        bound = max(groups, default=-1) + 1
+    else:
+        bound = _checks.integer(op, "num_groups", num_groups, 0, 2**31 - 1)
     if bound < 1:
-        raise ValueError(f"squared_norms: there must be at least one group (got {bound})")
+        raise ValueError(f"{op}: there must be at least one group (got {bound})")
     if min(groups, default=0) < 0 or max(groups, default=0) >= bound:
-        raise ValueError(f"squared_norms: groups must be in [0, {bound}) (got {list(groups)})")
-    device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+        raise ValueError(f"{op}: groups must be in [0, {bound}) (got {groups})")
+    device = _checks.device_of(tensors)
     if _backend.runs(device) is None:
-        _checks.gradients("squared_norms", tensors, None)
+        _checks.gradients(op, tensors, None)
         return reference.squared_norms(tensors, groups, num_groups=bound)
     try:
         count, mean, m2 = gradient_moments(tensors).unbind(1)
     except (TypeError, RuntimeError):
-        _checks.gradients("squared_norms", tensors, None)  # the same, under this operation's name
+        _checks.gradients(op, tensors, None)  # the same, under this operation's name
         raise
     members = _members if in_graph() else _kept_members
     chosen = members(tuple(groups), bound, device)

@@ -111,13 +111,15 @@ def blended_cross_entropy(
     """
     dtype = compute_dtype(logits)
     weights = torch.as_tensor(weights, dtype=torch.float64, device=logits[0].device).to(dtype)
-    target = target.to(dtype) if target.is_floating_point() else target.long()
+    soft = target.is_floating_point()
+    target = target.to(dtype) if soft else target.long()
     losses = []
     for x, weight in zip(logits, weights.unbind(), strict=True):
         # Detached where the weight is 0, not multiplied: 0 * NaN would be NaN.
         x = torch.where(weight == 0, x.detach(), x).to(dtype)
+        ignored = -100 if soft else ignore_index  # soft labels have none
         losses.append(
-            F.cross_entropy(x, target, label_smoothing=label_smoothing, ignore_index=ignore_index)
+            F.cross_entropy(x, target, label_smoothing=label_smoothing, ignore_index=ignored)
         )
     per_head = torch.stack(losses)
     loss = torch.where(weights == 0, 0.0, weights * per_head).sum()

@@ -190,10 +190,10 @@ def gradient_moments(grads: Sequence[Tensor | None]) -> Tensor:
     moments = torch.zeros(len(grads), 3, dtype=torch.float64, device=device)
     for row, grad in zip(moments, grads, strict=True):
         if grad is not None and grad.numel() > 0:
-            variance, mean = torch.var_mean(grad.double(), correction=0)
+            values = grad.double()
             row[0] = grad.numel()
-            row[1] = mean
-            row[2] = variance * grad.numel()
+            row[1] = mean = (values / grad.numel()).sum()  # no sum that overflows
+            row[2] = (values - mean).square().sum()
     return moments
 
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cfenv>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -569,10 +570,26 @@ bool spoils_capture() {
   return true;
 }
 
+// A device computes as IEEE says, whatever its host's mode is. Threads inherit it.
+class DeviceMode {
+ public:
+  DeviceMode() {
+    std::fegetenv(&host_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  DeviceMode(const DeviceMode&) = delete;
+  DeviceMode& operator=(const DeviceMode&) = delete;
+  ~DeviceMode() { std::fesetenv(&host_); }
+
+ private:
+  std::fenv_t host_;
+};
+
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& run) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   ++counters().launches;
+  const DeviceMode mode;
 
   const uint64_t seed = environment("MMBAL_EMULATION_SEED", 0);
   const uint64_t blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmbal_fast import functional
 from mmbal_fast.functional import (
     blended_cross_entropy,
     contribution_scores,
@@ -96,8 +97,8 @@ def test_gradients(backend: Backend, kind: str, position: int) -> None:
         gradient_moments(grads)
 
 
-def test_no_tensor_at_all(native: Backend) -> None:
-    good, k = three_gradients(native), torch.tensor([0.5], device=native.device)
+def test_no_tensor_at_all(backend: Backend) -> None:
+    good, k = three_gradients(backend), torch.tensor([0.5], device=backend.device)
     with (
         unchanged(*good),
         pytest.raises(TypeError, match=r"^modulate_: gradient grads\[3\] must be.*\(got float\)$"),
@@ -210,8 +211,8 @@ def test_arguments_of_modulate(backend: Backend, arguments: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_types_of_tensor_arguments(native: Backend, noise: float) -> None:
-    good, device = three_gradients(native), native.device
+def test_types_of_tensor_arguments(backend: Backend, noise: float) -> None:
+    good, device = three_gradients(backend), backend.device
     k = torch.tensor([0.5], device=device)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"coefficients": k.double()}, r"coefficients must be float32 \(got torch.float64\)"),
@@ -227,6 +228,80 @@ def test_types_of_tensor_arguments(native: Backend, noise: float) -> None:
         given: dict[str, Any] = {"coefficients": k, "modality": [0] * 3, "noise": noise} | arguments
         with unchanged(*good), pytest.raises(TypeError, match=f"^modulate_: {message}$"):
             modulate_(good, **given)
+
+
+# --- what is of another kind, whatever the operation
+
+
+def of_another_kind(on: torch.device) -> dict[str, Callable[[], object]]:
+    """Calls in which one argument is no tensor, number or list as it should be."""
+    x, k = torch.ones(3, device=on), torch.tensor([0.5], device=on)
+    logits, target = [torch.ones(3, 2, device=on)] * 2, torch.tensor([0, 1, 1], device=on)
+    numbers = [1.0, 0.5]
+    o: Any = functional
+    return {
+        "modulate_: grads must be a list or tuple of tensors": lambda: o.modulate_("1", k, [0]),
+        "modulate_: gradient grads[0] must be a plain": lambda: o.modulate_(["1"], k, [0]),
+        "modulate_: modality must": lambda: o.modulate_([x], k, None),
+        "modulate_: tensor_ids must": lambda: o.modulate_([x], k, [0], tensor_ids=iter([0])),
+        "modulate_: offsets must": lambda: o.modulate_([x], k, [0], offsets=3),
+        "modulate_: status must be": lambda: o.modulate_([x], k, [0], status=0),
+        "modulate_: moments must": lambda: o.modulate_(
+            [x], k, [0], moments="1", error_if_nonfinite=True
+        ),
+        "modulate_: noise must be one number": lambda: o.modulate_([x], k, [0], noise=10**400),
+        "gradient_moments: gradient grads[1] must be": lambda: o.gradient_moments([x, 0.5]),
+        "gradient_dots: first: gradient grads[1] must be": lambda: o.gradient_dots(
+            [x, 0.5], [x, x]
+        ),
+        "squared_norms: tensors must": lambda: o.squared_norms(x, [0]),
+        "squared_norms: gradient grads[0] must": lambda: o.squared_norms([0.5], [0]),
+        "squared_norms: groups must": lambda: o.squared_norms([x], iter([0])),
+        "squared_norms: groups[0] must": lambda: o.squared_norms([x], ["1"]),
+        "squared_norms: num_groups must": lambda: o.squared_norms([x], [0], num_groups=1.5),
+        "noise_like: tensor must be a plain dense": lambda: o.noise_like(0.5, seed=0, step=0),
+        "noise_like: tensor must be a plain dense tensor on": lambda: o.noise_like(
+            torch.eye(3, device=on).to_sparse(), seed=0, step=0
+        ),
+        "noise_like: step must be int64": lambda: o.noise_like(x, seed=0, step=k),
+        "contribution_scores: logits must be a list": lambda: o.contribution_scores(None, target),
+        "contribution_scores: logits must be dense": lambda: o.contribution_scores(
+            [logits[0].to_sparse()], target
+        ),
+        "contribution_scores: target must be dense": lambda: o.contribution_scores(
+            logits, target.to_sparse()
+        ),
+        "contribution_scores: ignore_index must": lambda: o.contribution_scores(
+            logits, target, ignore_index="0"
+        ),
+        "contribution_scores: class_dim must": lambda: o.contribution_scores(
+            logits, target, class_dim=None
+        ),
+        "discrepancy_ratios: scores must": lambda: o.discrepancy_ratios(numbers),
+        "modulation_coefficients: ratios must": lambda: o.modulation_coefficients(
+            x.to_sparse(), 0.1
+        ),
+        "blended_cross_entropy: weights must be a tensor or numbers": (
+            lambda: o.blended_cross_entropy(logits, target, None)
+        ),
+        "blended_cross_entropy: label_smoothing must": lambda: o.blended_cross_entropy(
+            logits, target, numbers, label_smoothing=None
+        ),
+        "blending_weights: val_before must": lambda: o.blending_weights(
+            numbers, None, numbers, numbers
+        ),
+        "blending_weights: floor must": lambda: o.blending_weights(*[numbers] * 4, floor="1"),
+        "overfitting_to_generalization_ratio: val_after must": (
+            lambda: o.overfitting_to_generalization_ratio(*[numbers] * 3, x * 1j)
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("message", of_another_kind(torch.device("cpu")))
+def test_arguments_of_another_kind_in_any_operation(backend: Backend, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        of_another_kind(backend.device)[message]()
 
 
 # --- devices

@@ -111,6 +111,18 @@ def test_magnitudes_of_float64(backend: Backend, scale: float) -> None:
     assert_exact(gradient_moments(grads), grads)
 
 
+def test_largest_numbers_of_float64(backend: Backend) -> None:
+    """Means are exact where sums of the elements would overflow; the squares do."""
+    for size in (1, 300, CHUNK, 3 * CHUNK + 5):
+        grad = torch.full((size,), 1.5e308, dtype=torch.float64)
+        mixed = grad.clone()
+        mixed[: size // 2] *= -1
+        rows = gradient_moments([grad.to(backend.device), mixed.to(backend.device)])
+        means = [1.5e308, 1.5e308 * ((size - size // 2) / size - size // 2 / size)]
+        assert rows[:, 1].tolist() == pytest.approx(means, rel=1e-12, abs=1e296)
+        assert rows[1, 2].item() == (0.0 if size == 1 else INF)
+
+
 def test_extremes_of_float16(backend: Backend) -> None:
     grads = [
         torch.tensor([65504.0, -65504.0] * CHUNK),

@@ -107,7 +107,7 @@ def test_refuses_tensors(given: Tensor, error: type[Exception], message: str, na
 @pytest.mark.parametrize(
     ("given", "groups", "message"),
     [
-        ([torch.ones(1)], [], r"one number for each tensor \(got 0 for 1 tensors\)"),
+        ([torch.ones(1)], [], r"one integer per tensor \(got 0 for 1\)"),
         ([], [], r"at least one group \(got 0\)"),
         ([torch.ones(1)], [-1], r"at least one group \(got 0\)"),
         ([None, torch.ones(1)], [1, -1], r"in \[0, 2\) \(got \[1, -1\]\)"),
