@@ -14,11 +14,11 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(abspath $(RUN)) -m pytest -n 2 --dist loadfi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck build native sanitize docs bench matrix gpu-check
-.PHONY: sdist wheel wheels reproducible clean
+.PHONY: help demo test lint format typecheck build native sanitize sanitize-threads fuzz
+.PHONY: noise-statistics docs bench matrix gpu-check sdist wheel wheels reproducible clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.has-demo native ## what balances colored digits and what does not, a few minutes
 	$(BIN)/mmbal-fast demo
@@ -51,18 +51,39 @@ build: $(VENV)/.has-build ## the native module in place, and its emulated CUDA t
 # In a copy of the tree, so that the modules of `make build` stay as they are. Python itself is not
 # instrumented: the sanitizer's runtime is loaded first, and its leaks are not ours. Reports go past
 # pytest to the terminal.
-SANITIZED := build/sanitize
+define sanitized-copy
+	mkdir -p build/$@
+	rm -rf $(addprefix build/$@/,mmbal_fast csrc cmake tests benchmarks)
+	cp -Rp mmbal_fast csrc cmake tests benchmarks CMakeLists.txt setup.py pyproject.toml README.md \
+	    LICENSE build/$@
+	find build/$@/mmbal_fast build/$@/tests -name '*.so' -delete
+	cd build/$@ && MMBAL_CPU_ONLY=1 MMBAL_WERROR=1 MMBAL_BUILD_EMULATED=1 \
+	    MMBAL_SANITIZE=$(SANITIZER) $(abspath $(RUN)) setup.py --quiet build_ext --inplace
+endef
+library = $$($${CXX:-c++} -print-file-name=$(1).so)
+
 SANITIZE_TESTS ?= tests/functional
+sanitize: SANITIZER := address,undefined
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	mkdir -p $(SANITIZED)
-	rm -rf $(addprefix $(SANITIZED)/,mmbal_fast csrc cmake tests)
-	cp -Rp mmbal_fast csrc cmake tests CMakeLists.txt setup.py pyproject.toml README.md LICENSE $(SANITIZED)
-	find $(SANITIZED)/mmbal_fast $(SANITIZED)/tests -name '*.so' -delete
-	cd $(SANITIZED) && MMBAL_CPU_ONLY=1 MMBAL_WERROR=1 MMBAL_BUILD_EMULATED=1 \
-	    MMBAL_SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	$(sanitized-copy)
+	cd build/$@ && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$(call library,libasan) $(call library,libstdc++)" \
 	    $(PYTEST) -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
+
+# Planted races are caught in tests/emulation.
+sanitize-threads: SANITIZER := thread
+sanitize-threads: $(VENV)/.has-test ## races of the CUDA kernels, emulated under ThreadSanitizer
+	$(sanitized-copy)
+	cd build/$@ && PYTHONPATH=. TSAN_OPTIONS=halt_on_error=1 MMBAL_DISABLE_NATIVE=1 MMBAL_EMULATION_SEED=1 \
+	    OMP_NUM_THREADS=1 LD_PRELOAD="$(call library,libtsan)" \
+	    $(abspath $(RUN)) benchmarks/gpu_check.py --part small_set --backend cuda-emulated
+
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.has-test build ## every public operation on drawn arguments, good and bad, 60 seconds
+	$(RUN) tests/fuzz/surface.py --seconds $(FUZZ_SECONDS) $(ARGS)
+
+noise-statistics: $(VENV)/.has-test native ## 1e8 samples of the noise against what they should be, half an hour
+	PYTHONPATH=. $(RUN) benchmarks/noise_statistics.py $(ARGS)
 
 docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, its examples run
 	$(BIN)/sphinx-build -qW --keep-going -b doctest -d build/docs/trees docs build/docs/doctest

@@ -11,8 +11,11 @@
 // missing barrier or a dependence on the order of blocks then shows as a wrong result.
 //
 // It proves logic, memory safety (with -fsanitize=address,undefined; `__shared__` then gets
-// redzones and blocks run on one OS thread) and that every barrier is reached by all. It does not
-// prove freedom from races, nor speed, nor the rounding of hardware.
+// redzones and blocks run on one OS thread) and that every barrier is reached by all. Kernels built
+// with -fsanitize=thread, and this with MMBAL_EMULATION_TSAN, show races: every thread of a block
+// is a thread to the sanitizer, and only barriers, __syncwarp, atomics and the launch order memory.
+// Fences are not missed there, because atomics order memory as on the host. Neither the speed nor
+// the rounding of hardware is proved.
 //
 // Stricter than the hardware, where CUDA leaves the case undefined:
 //   - threads that wait at different __syncthreads() never meet;
