@@ -170,10 +170,16 @@ def small_set(backend: Backend) -> str:
             weights = [0.5, 0.25, 0.25]
             loss, _ = functional.blended_cross_entropy(logits, target, weights, label_smoothing=0.1)
             torch.autograd.grad(loss, logits)
-    state = torch.zeros(3, 3, device=on)
+    state, past = torch.zeros(3, 3, device=on), torch.ones(3, device=on)
+    totals, steps = torch.zeros(4, device=on), torch.zeros((), dtype=torch.int64, device=on)
     for accumulate in (False, True):
-        _observe.observe_(state, logits, target, -100, accumulate, 0.3, "cvpr2022", status)
-    _derive.derive_(state, True, 0.3, "cvpr2022")
+        for rule in ("cvpr2022", "agm"):
+            _observe.observe_(
+                state, totals, past, steps, logits, target, False, -100, accumulate,
+                "probability", 0.3, 1.0, rule, status,
+            )  # fmt: skip
+            _derive.derive_(state, totals, past, steps, True, 0.3, 1.0, rule)
+    _derive.remember_(past, steps, state[0].clone(), totals, None, True)
     _accumulate_speeds.accumulate_speeds_(
         torch.stack([moments, moments]),
         torch.ones(2, 3, dtype=torch.float64, device=on),

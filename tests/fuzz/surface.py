@@ -261,7 +261,13 @@ class Draw:
 
     def contribution_scores(self) -> Case:
         logits, target = self.logits()
-        return Case("contribution_scores", (logits, target), self.labelled())
+        named = self.labelled()
+        if self.random.random() < 0.2:
+            named["multi_label"] = self.random.choice([True, False])
+        if self.random.random() < 0.3:
+            statistics = ["probability", "log_probability", "accuracy"]
+            named["statistic"] = self.of(statistics, ["none", None, 3])
+        return Case("contribution_scores", (logits, target), named)
 
     def labelled(self) -> dict[str, Any]:
         """Where the classes are, and which of them does not count."""
