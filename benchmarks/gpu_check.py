@@ -157,6 +157,13 @@ def small_set(backend: Backend) -> str:
         functional.squared_norms(grads, [0, 1, 0])
         functional.gradient_dots(grads, grads)
         functional.noise_like(base, seed=1, step=2)
+        functional.pareto_(grads, [each + 1 for each in grads], [0, 1, 0], 2)
+        functional.pull_(
+            grads, [each + 1 for each in grads], [each - 1 for each in grads], numbers, [0, 1, 0]
+        )
+        rows = [base[:40].view(4, 10).clone().requires_grad_() for _ in range(2)]
+        scaled, _, _ = functional.drop_features(rows, numbers + 1, base=0.5, strength=0.5)
+        torch.autograd.grad(scaled[0].sum() + scaled[1].sum(), rows)
         # Long rows take an emulated GPU half its time.
         for classes in (6, 310, 5000) if dtype == torch.float32 or on.type == "cuda" else (6,):
             logits = [torch.randn(9, classes, device=on).to(dtype) for _ in range(3)]

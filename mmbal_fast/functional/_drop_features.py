@@ -102,7 +102,7 @@ def drop_features(
             f"{op}: ratios must be [{len(features)}] on the device of the features "
             f"(got {list(ratios.shape)} on {ratios.device})"
         )
-    _checks.step(op, step)
+    _checks.step(op, step, first.device)
     results, weight, q, _ = drop(
         features,
         ratios,

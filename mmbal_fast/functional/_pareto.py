@@ -85,10 +85,6 @@ def pareto_(
     return operation(grads, own, modality, modalities, gamma, dots, scale)
 
 
-def _device(grads: Tensors) -> torch.device:
-    return next((each.device for each in grads if each is not None), torch.device("cpu"))
-
-
 def _native(
     native: ModuleType,
     grads: Tensors,
@@ -100,7 +96,7 @@ def _native(
     scale: Tensor | None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    out = torch.empty(2, modalities, dtype=torch.float64, device=_device(grads))
+    out = torch.empty(2, modalities, dtype=torch.float64, device=_checks.device_of(grads))
     unfit = native.pareto_(
         grads,
         own,
@@ -136,20 +132,14 @@ def _reference(
     _checks.sequence(OP, "grads", grads)
     _checks.sequence(OP, "own", own)
     used = _checks.companions(OP, names, grads=grads, own=own)
+    modality = _checks.one_for_each(OP, "modality", modality, "gradient", len(grads))
     _checks.modalities(OP, modality, grads, used, modalities, names)
     _memory.require_apart(OP, names, grads=grads, own=own)
+    home = _checks.device_of(grads)
     if dots is not None:
-        if dots.dtype != torch.float64:
-            raise TypeError(f"{OP}: dots must be float64 (got {dots.dtype})")
-        if dots.shape != (len(grads), 3):
-            raise ValueError(
-                f"{OP}: dots must have shape {[len(grads), 3]} (got {list(dots.shape)})"
-            )
+        _checks.tensor(OP, "dots", dots, torch.float64, [len(grads), 3], home)
     if scale is not None:
-        if scale.dtype != torch.float32:
-            raise TypeError(f"{OP}: scale must be float32 (got {scale.dtype})")
-        if scale.numel() != 1:
-            raise ValueError(f"{OP}: scale must have one element (got shape {list(scale.shape)})")
+        _checks.tensor(OP, "scale", scale, torch.float32, None, home)
     number = _checks.number(OP, "gamma", gamma)
     return reference.pareto_(grads, own, modality, modalities, gamma=number, dots=dots, scale=scale)
 
@@ -157,7 +147,7 @@ def _reference(
 operation = Operation(
     "pareto_(Tensor(a!)[] grads, Tensor[] own, int[] modality, int modalities, Tensor gamma, "
     "Tensor? dots, Tensor? scale) -> Tensor",
-    device=lambda grads, *_: _device(grads),
+    device=lambda grads, *_: _checks.device_of(grads),
     native=_native,
     reference=_reference,
     fake=lambda grads, own, modality, modalities, *_: grads[0].new_empty(

@@ -62,6 +62,8 @@ def pull_(
         >>> g
         tensor([2.0000, 1.5000])
     """
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"{OP}: coefficients must be a tensor (got {type(coefficients).__name__})")
     return operation(grads, weights, anchors, coefficients, modality)
 
 
@@ -74,8 +76,7 @@ def _native(
     modality: Sequence[int],
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    device = next((each.device for each in grads if each is not None), torch.device("cpu"))
-    squares = torch.zeros(len(grads), dtype=torch.float64, device=device)
+    squares = torch.zeros(len(grads), dtype=torch.float64, device=_checks.device_of(grads))
     unfit = native.pull_(
         grads,
         weights,
@@ -108,7 +109,10 @@ def _reference(
     for name, each in (("grads", grads), ("weights", weights), ("anchors", anchors)):
         _checks.sequence(OP, name, each)
     used = _checks.companions(OP, names, grads=grads, weights=weights, anchors=anchors)
-    _checks.modalities(OP, modality, grads, used, len(coefficients), names)
+    modality = _checks.one_for_each(OP, "modality", modality, "gradient", len(grads))
+    k, home = coefficients, coefficients.device
+    _checks.tensor(OP, "coefficients", k, torch.float32, [k.numel()], home)
+    _checks.modalities(OP, modality, grads, used, len(k), names)
     _memory.require_apart(OP, names, grads=grads, weights=weights, anchors=anchors)
     return reference.pull_(grads, weights, anchors, coefficients, modality)
 

@@ -251,9 +251,7 @@ def of_another_kind(on: torch.device) -> dict[str, Callable[[], object]]:
         ),
         "modulate_: noise must be one number": lambda: o.modulate_([x], k, [0], noise=10**400),
         "gradient_moments: gradient grads[1] must be": lambda: o.gradient_moments([x, 0.5]),
-        "gradient_dots: first: gradient grads[1] must be": lambda: o.gradient_dots(
-            [x, 0.5], [x, x]
-        ),
+        "gradient_dots: first[1] must be": lambda: o.gradient_dots([x, 0.5], [x, x]),
         "squared_norms: tensors must": lambda: o.squared_norms(x, [0]),
         "squared_norms: gradient grads[0] must": lambda: o.squared_norms([0.5], [0]),
         "squared_norms: groups must": lambda: o.squared_norms([x], iter([0])),

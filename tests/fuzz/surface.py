@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("reference", "cpu", "cuda-emulated")
@@ -238,6 +239,53 @@ class Draw:
         second = [x.clone() if isinstance(x, Tensor) and not x.is_sparse else x for x in first]
         return Case("gradient_dots", (first, self.of([second, first], [second[1:], None])), {})
 
+    def twins(self, tensors: Any) -> list[Any]:
+        """Tensors beside others: of one shape and type, seldom not."""
+        twins = [x.clone() if isinstance(x, Tensor) and not x.is_sparse else x for x in tensors]
+        return self.of([twins], [twins[1:], tensors, None, [*twins, None]])  # type: ignore[no-any-return]
+
+    def pareto_(self) -> Case:
+        grads, count = self.gradients(), self.random.choice([1, 2, 3])
+        modality = self.per(len(grads), range(count))
+        named: dict[str, Any] = {}
+        if self.random.random() < 0.5:
+            named["gamma"] = self.number([0.0, 1.5])
+        if self.random.random() < 0.2:
+            dots = self.values([len(grads), 3], torch.float64).abs()
+            named["dots"] = self.of([dots], [dots.float(), dots[1:], "d"])
+        if self.random.random() < 0.2:
+            named["scale"] = self.of([torch.tensor(2.0)], [torch.ones(2), 2.0, torch.tensor(2)])
+        modalities = self.of([count], [0, -1, 1.5, None])
+        case = Case("pareto_", (grads, self.twins(grads), modality, modalities), named)
+        case.written = [x for x in grads if isinstance(x, Tensor)]
+        return case
+
+    def pull_(self) -> Case:
+        grads, count = self.gradients(), self.random.choice([1, 2, 3])
+        k = self.values([count], torch.float32).abs()
+        k = self.of([k], [k.double(), k[:0], k.tolist(), None, torch.stack([k, k], 1)])
+        modality = self.per(len(grads), range(count))
+        case = Case("pull_", (grads, self.twins(grads), self.twins(grads), k, modality), {})
+        case.written = [x for x in grads if isinstance(x, Tensor)]
+        return case
+
+    def drop_features(self) -> Case:
+        batch, count = self.random.choice([0, 1, 4, 9]), self.random.choice([1, 2, 3])
+        dtypes = [self.random.choice(FLOATS) for _ in range(count)]
+        features = [self.values([batch, self.random.choice([1, 5])], dtype) for dtype in dtypes]
+        features = [self.of([x], [x[1:], self.odd_tensor()]) for x in features]
+        ratios = self.values([count], torch.float32).abs()
+        ratios = self.of([ratios], [ratios.double(), ratios[1:], None, ratios.tolist()])
+        named: dict[str, Any] = {name: self.number([0.0, 0.5]) for name in ("base", "strength")}
+        if self.random.random() < 0.5:
+            named["apply"] = self.number([0.0, 1.0])
+            named["seed"] = self.integer([0, 7, 2**63 - 1])
+            named["stream"] = self.integer([0, 1, 2**32 - 1])
+        if self.random.random() < 0.5:
+            bad = [torch.tensor([1.0]), torch.tensor([1, 2])]
+            named["step"] = self.of([self.integer([0, 2**33]), torch.tensor(5)], bad)
+        return Case("drop_features", (self.of([features], [None, [], 3]), ratios), named)
+
     def squared_norms(self) -> Case:
         tensors = self.gradients()
         named = {"num_groups": self.of([3, 4], [0, -1, 1.5])} if self.random.random() < 0.5 else {}
@@ -324,12 +372,15 @@ OPERATIONS = {
     "blending_weights",
     "contribution_scores",
     "discrepancy_ratios",
+    "drop_features",
     "gradient_dots",
     "gradient_moments",
     "modulate_",
     "modulation_coefficients",
     "noise_like",
     "overfitting_to_generalization_ratio",
+    "pareto_",
+    "pull_",
     "squared_norms",
 }
 
@@ -362,7 +413,7 @@ def call(function: Callable[..., Any], case: Case) -> Outcome:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             given = function(*case.arguments, **case.named)
-        results = [x for x in (given if isinstance(given, tuple) else (given,)) if x is not None]
+        results = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         results = [x.detach().clone() for x in [*results, *case.written] if x.device.type == "cpu"]
     except Exception as caught:
         error = caught
