@@ -165,6 +165,31 @@ def _norms(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
     return [operations.squared_norms(_gradients(device), [1, 0, 1])]
 
 
+def _dots(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    gradients = _gradients(device)
+    return [operations.gradient_dots(gradients, [each + 1 for each in gradients])]
+
+
+def _pareto(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    gradients = _gradients(device)
+    own = [1 - each for each in gradients]
+    return [operations.pareto_(gradients, own, [0, 1, 0], 2, gamma=1.5), *gradients]
+
+
+def _pull(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    gradients = _gradients(device)
+    parameters, anchors = [each + 1 for each in gradients], [each - 1 for each in gradients]
+    factors = torch.tensor([0.25, 0.0], device=device)
+    return [operations.pull_(gradients, parameters, anchors, factors, [0, 1, 0]), *gradients]
+
+
+def _dropped(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
+    features = [_numbers(64, size, seed=size).to(device) for size in (5, 16)]
+    ratios = torch.tensor([2.0, 0.5], device=device)
+    results, kept, share = operations.drop_features(features, ratios, base=0.5, strength=0.5)
+    return [*results, kept.double(), share]
+
+
 def _cross_entropy(operations: ModuleType, device: torch.device) -> Sequence[Tensor]:
     logits = [_numbers(37, 10, seed=seed).to(device).requires_grad_() for seed in range(3)]
     target = (torch.arange(37) % 10).to(device)
@@ -181,6 +206,10 @@ OPERATIONS: dict[str, Operation] = {
     "noise_like": _noise,
     "squared_norms": _norms,
     "blended_cross_entropy": _cross_entropy,
+    "gradient_dots": _dots,
+    "pareto_": _pareto,
+    "pull_": _pull,
+    "drop_features": _dropped,
 }
 """A small run of each operation that has a kernel.
 

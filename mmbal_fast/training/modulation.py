@@ -149,7 +149,8 @@ class GradientModulation(Method):
     def _derive(self, *, summed: bool) -> None:
         """Ratios and coefficients, rows 1 and 2 of ``self._rows``, from the scores in row 0.
 
-        On the device, without a host read. Called once a step, before the gradients are written.
+        On the device, without a host read. Called before the gradients are written, and for scores
+        of the user's own: it must not change the memory.
 
         Args:
             summed: whether the scores changed after the kernel that measured them, as they are the

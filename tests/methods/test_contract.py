@@ -143,8 +143,8 @@ def spoiled(value: Any) -> Iterator[Any]:
 def test_states_of_something_else_are_refused_and_change_nothing(case: Case) -> None:
     run = trained(case)
     method = run.method
-    state = method.state_dict()
-    before, bits = plain(copy.deepcopy(state)), run.bits()
+    before, bits = plain(copy.deepcopy(method.state_dict())), run.bits()
+    state = trained(case, 9).method.state_dict()  # of another step: a part of it would show
     tried = 0
 
     def refused(other: Any) -> None:
@@ -167,6 +167,15 @@ def test_states_of_something_else_are_refused_and_change_nothing(case: Case) -> 
             refused({**state, key: wrong})
     assert tried > 10
     method.load_state_dict(state)
+
+
+def test_states_are_copies(case: Case) -> None:
+    run = trained(case)
+    state = run.method.state_dict()
+    before = repr(plain(state))
+    for number in range(5, 8):
+        run.step(number)
+    assert repr(plain(state)) == before
 
 
 def test_enabled_is_true_or_false(case: Case) -> None:
