@@ -134,6 +134,8 @@ def _reference(
     used = _checks.companions(OP, names, grads=grads, own=own)
     modality = _checks.one_for_each(OP, "modality", modality, "gradient", len(grads))
     _checks.modalities(OP, modality, grads, used, modalities, names)
+    for index in used:
+        modality[index] = _checks.word(OP, f"modality[{index}]", modality[index])
     _memory.require_apart(OP, names, grads=grads, own=own)
     home = _checks.device_of(grads)
     if dots is not None:

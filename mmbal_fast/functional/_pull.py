@@ -113,6 +113,8 @@ def _reference(
     k, home = coefficients, coefficients.device
     _checks.tensor(OP, "coefficients", k, torch.float32, [k.numel()], home)
     _checks.modalities(OP, modality, grads, used, len(k), names)
+    for index in used:
+        modality[index] = _checks.word(OP, f"modality[{index}]", modality[index])
     _memory.require_apart(OP, names, grads=grads, weights=weights, anchors=anchors)
     return reference.pull_(grads, weights, anchors, coefficients, modality)
 

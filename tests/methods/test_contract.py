@@ -79,9 +79,9 @@ def test_every_public_method_is_here() -> None:
         for name in package.__all__
         if inspect.isclass(value := getattr(package, name))
         and issubclass(value, Method)
-        and not inspect.isabstract(value)
+        and not value.__module__.startswith("mmbal_fast.training.")  # what methods are made of
     }
-    assert public - {Method} == {case.method for case in CASES}
+    assert public == {case.method for case in CASES}
 
 
 # ---- state
