@@ -45,11 +45,11 @@ def test_kernels_stay_in_registers(module: str) -> None:
     usage = run(tool("cuobjdump"), "--dump-resource-usage", module)
     kernels: dict[str, list[tuple[str, str]]] = {}
     for part in usage.split("Fatbin elf code:")[1:]:
-        target = re.search(r"arch = (\w+)", part)
-        assert target is not None
+        named = re.search(r"arch = (\w+)", part)
+        assert named is not None
         found = re.findall(r"Function (\w+):\n\s*REG:\d+ (.*)", part)
         assert len(found) == part.count("Function ")
-        kernels.setdefault(target[1], []).extend(found)
+        kernels.setdefault(named[1], []).extend(found)
     built = [target for target in ARCHITECTURES if target in kernels]
     assert built
     for target in built:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("reference", "cpu", "cuda-emulated")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
-SUMS = {"gradient_moments", "gradient_dots", "squared_norms"}
+SUMS = {"gradient_moments", "gradient_dots", "pareto_", "squared_norms"}
 HANGS = 60
 """Seconds after which a case does not end."""
 MEMORY = 2**34
@@ -240,8 +240,13 @@ class Draw:
         return Case("gradient_dots", (first, self.of([second, first], [second[1:], None])), {})
 
     def twins(self, tensors: Any) -> list[Any]:
-        """Tensors beside others: of one shape and type, seldom not."""
-        twins = [x.clone() if isinstance(x, Tensor) and not x.is_sparse else x for x in tensors]
+        """Quarters of tensors, where rounding decides nothing; seldom of another shape or type."""
+
+        def twin(x: Any) -> Any:
+            floats = isinstance(x, Tensor) and x.is_floating_point() and dense([x])
+            return x.clone().mul_(0.25) if floats else x
+
+        twins = [twin(x) for x in tensors]
         return self.of([twins], [twins[1:], tensors, None, [*twins, None]])  # type: ignore[no-any-return]
 
     def pareto_(self) -> Case:
@@ -251,7 +256,8 @@ class Draw:
         if self.random.random() < 0.5:
             named["gamma"] = self.number([0.0, 1.5])
         if self.random.random() < 0.2:
-            dots = self.values([len(grads), 3], torch.float64).abs()
+            first = self.values([len(grads), 1], torch.float64).abs()
+            dots = first * torch.tensor([1.0, 0.25, 0.0625], dtype=torch.float64)
             named["dots"] = self.of([dots], [dots.float(), dots[1:], "d"])
         if self.random.random() < 0.2:
             named["scale"] = self.of([torch.tensor(2.0)], [torch.ones(2), 2.0, torch.tensor(2)])
