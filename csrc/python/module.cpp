@@ -16,9 +16,9 @@
 #endif
 
 // The families of operations: csrc/python/<family>.cpp has bind_<family>.
-#define MMBAL_FAMILIES(f) \
+#define MMBAL_FAMILIES(f)                                                                   \
   f(gradients) f(scores) f(cross_entropy) f(speeds) f(objects) f(gradient_dots) f(dropping) \
-  f(pull) f(pareto)
+      f(pull) f(pareto)
 
 namespace mmbal {
 
