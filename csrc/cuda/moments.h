@@ -83,7 +83,7 @@ __device__ __forceinline__ bool measure_in(const Values& values, int count, Shif
   A squares = 0;
   values.each([&](A x) {
     const A d = x - pivot;
-    shifted += kUnit == 1 ? d : kUnit * x - kUnit * pivot;
+    shifted += kUnit * d;
     squares = fma(d, d, squares);
   });
   shifted = warp_sum(shifted);

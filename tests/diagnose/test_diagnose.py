@@ -243,9 +243,9 @@ def test_table_and_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[3] == "fused     100.0   % of 300 samples"
     assert table[4] == found.advice
     assert all(len(line) <= 80 for line in table[:4])
-    left, middle, right = found.plot().axes
-    bars = [bar for axes in (left, middle, right) for bars in axes.containers for bar in bars]
-    heights = [bar.get_height() for bar in bars]
+    panels: Any = found.plot().axes
+    left, middle, right = panels
+    heights = [patch.get_height() for axes in panels for patch in axes.patches]
     expected = torch.cat([found.probe, found.alone, found.muted, found.shuffled, found.share])
     torch.testing.assert_close(torch.tensor(heights, dtype=torch.float64), expected)
 
