@@ -4,7 +4,7 @@ Example:
     >>> from mmbal_fast.info import collect
     >>> info = collect()
     >>> info.ok, len({check.operation for check in info.checks})
-    (True, 8)
+    (True, 12)
 """
 
 from __future__ import annotations
