@@ -244,7 +244,6 @@ def test_table_and_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert table[4] == found.advice
     assert all(len(line) <= 80 for line in table[:4])
     panels: Any = found.plot().axes
-    left, middle, right = panels
     heights = [patch.get_height() for axes in panels for patch in axes.patches]
     expected = torch.cat([found.probe, found.alone, found.muted, found.shuffled, found.share])
     torch.testing.assert_close(torch.tensor(heights, dtype=torch.float64), expected)
