@@ -19,6 +19,7 @@ void scale_rows(const FeatureRows& rows, const float* factors, int threads) {
   parallel_for(rows.modalities * rows.batch, 16, useful_threads(work, threads), [&](int64_t i) {
     const int64_t m = i / rows.batch;
     const int64_t bytes = rows.widths[m] * size_of(rows.dtypes[m]);
+    if (bytes == 0) return;  // features of no width have no memory
     const int64_t at = i % rows.batch * bytes;
     char* to = static_cast<char*>(rows.to[m]) + at;
     if (factors[i] == 0) {  // whatever was there, NaN too
