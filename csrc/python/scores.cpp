@@ -90,7 +90,13 @@ py::object scores_(py::handle logits, py::handle target, bool multi_label, int64
   std::vector<const void*> rows(static_cast<size_t>(modalities));
   std::vector<const void*> soft;
   std::vector<DType> dtypes(rows.size());
-  const View result = checked(op + ": state", state, kDLFloat, 32, {3, modalities});
+  const std::string what_state = op + ": state";
+  const bool alone = view(state, [&] { return what_state; }).tensor.ndim == 1;  // scores alone
+  const View result = alone ? checked(what_state, state, kDLFloat, 32, {modalities})
+                            : checked(what_state, state, kDLFloat, 32, {3, modalities});
+  if (alone && (!totals.is_none() || rule != static_cast<int>(Rule::kNone))) {
+    throw py::value_error(what_state + " must be of shape [3, M] for a rule (got [M])");
+  }
   if (as_they_are && !fits(list, target, result)) return py::bool_(true);
   Shape shape;
   for (int64_t m = 0; m < modalities; ++m) {
@@ -101,7 +107,7 @@ py::object scores_(py::handle logits, py::handle target, bool multi_label, int64
     rows[m] = tensor.data();
   }
   const Derivation derivation =
-      derivation_of(op, result, modalities, totals, past, steps, true, alpha, beta, rule);
+      derivation_of(op, result, modalities, totals, past, steps, !alone, alpha, beta, rule);
   Scores args{rows.data(),
               dtypes.data(),
               shape[0],

@@ -138,6 +138,7 @@ def all_cases(compiled: bool, device: torch.device) -> Iterator[Case]:
         yield from one_core_cases()
     for scoring in SCORING:
         yield Case(scoring, torch.float32, seconds=1)
+    yield Case(Scoring(2, 64, 310), torch.float32, seconds=1, cold=True)
     for elements in SCALES:
         half = ((elements // 2,),)
         workload = Gradients(f"scale-elements-{elements}", (half, half))

@@ -29,6 +29,8 @@ def modulation(
 ) -> Callable[[Gradients, torch.dtype, torch.device], list[Provider]]:
     """Whole steps of a method, from logits to scaled gradients, beside one of OGM-GE without noise.
 
+    OGM-GE scales by the same coefficients: where one is 1, as by its own rule, nothing is written.
+
     Args:
         method: the class.
         options: its settings.
@@ -43,14 +45,22 @@ def modulation(
         pristine = workload.make(dtype, device)
         parameters = [nn.Parameter(torch.empty_like(each)) for each in pristine]
         for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
         grads = [each.grad for each in parameters if each.grad is not None]
         split = len(workload.shapes[0])
         encoders = {"audio": parameters[:split], "visual": parameters[split:]}
         logits, target = _BATCH.make(dtype, device)
         named = {"audio": logits[0], "visual": logits[1]}
         ours = method(encoders, select=lambda name, parameter: True, **options)
-        usual = OGMGE(encoders, alpha=ALPHA, noise=0.0, select=lambda name, parameter: True)
+        for _ in range(3):  # until what it remembers no longer changes them
+            same = ours.step(named, target).coefficients.clone()
+        usual = OGMGE(
+            encoders,
+            alpha=ALPHA,
+            rule=lambda ratios: same,
+            noise=0.0,
+            select=lambda name, parameter: True,
+        )
         memory: dict[str, Any] = {}
 
         def step() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mmbal_fast import _backend
 from mmbal_fast._version import __version__
+from mmbal_fast.bench import _methods, _pairs
 from mmbal_fast.bench import _providers as names
 from mmbal_fast.bench._measure import Counts, Timing
 
@@ -161,7 +162,10 @@ COLOURS = {
     names.COMPILED: "#CC79A7",
     names.FOREACH: "#009E73",
     names.FLOOR: "#999999",
+    _methods.SCALED: "#A6CEE3",
+    _methods.DROPOUT: "#A6CEE3",
 }
+_METHODS = ("drop-", *(f"{part} " for part in (*_methods.PARTS, *_pairs.PARTS)))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -169,6 +173,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels: dict[str, list[Row]] = {
         "step with noise": [],
         "step without noise": [],
+        "other methods": [],
         "noise and moments alone": [],
         "scores: modalities x batch x classes": [],
     }
@@ -178,6 +183,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             scaling.append(each)
         elif each.workload.startswith("score-"):
             panels["scores: modalities x batch x classes"].append(each)
+        elif each.workload.startswith(_METHODS):
+            panels["other methods"].append(each)
         elif each.workload.startswith(("noise ", "moments ")):
             panels["noise and moments alone"].append(each)
         else:

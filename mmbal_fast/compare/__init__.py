@@ -60,9 +60,8 @@ def main(argv: Sequence[str] = ()) -> int:
                 if data in PACKAGES:
                     download(PACKAGES[data], files)
         results = run(
-            options.data or [str(options.module)],
+            dict.fromkeys(options.data or [str(options.module)], rows),
             options.optimizer,
-            rows,
             options.seeds,
             epochs=options.epochs,
             directory=options.out,
@@ -91,9 +90,8 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(
-    data: Sequence[str],
+    rows: Mapping[str, Sequence[Row]],
     optimizers: Sequence[str],
-    rows: Sequence[Row],
     seeds: int,
     *,
     directory: Path,
@@ -106,9 +104,8 @@ def run(
     """Trains and evaluates what the rows need, with a progress bar.
 
     Args:
-        data: names of data sets, or the path of a module.
+        rows: of the table of each data set, by its name, or the path of a module.
         optimizers: of `OPTIMIZERS`.
-        rows: of the table.
         seeds: how many; 0, 1, 2, ...
         directory: keeps what is done in ``runs``.
         files: directory of wheels that hold data.
@@ -133,7 +130,7 @@ def run(
 
     runs: dict[_trial.Run, list[str]] = {}
     tried: dict[tuple[str, str, int, Row], list[_trial.Run]] = {}
-    for each in data:
+    for each, its_rows in rows.items():
         task = _trial.load_task(each, str(files))
         with torch.random.fork_rng(devices=[]):
             _trial.setting(task, 0)  # what is wrong with it is known before anything is trained
@@ -141,7 +138,7 @@ def run(
         for optimizer in optimizers:
             grid = getattr(task, "rates", _trial.RATES)[optimizer][:rates]
             for seed in range(seeds):
-                for row in rows:
+                for row in its_rows:
                     for rate in grid:
                         spec = _trial.Run(
                             each, optimizer, row.training, rate, seed, length, str(files)

@@ -50,22 +50,22 @@ def main(argv: Sequence[str] = ()) -> int:
 
     options = _parser().parse_args(argv)
     seeds = options.seeds or (1 if options.quick else 5)
+    rows = {data: [ROWS[key] for key in keys] for data, keys in SHOWN.items()}
+    results = run(
+        rows,
+        OPTIMIZERS,
+        seeds,
+        epochs=2 if options.quick else None,
+        directory=options.out,
+        files=options.out,
+        jobs=options.jobs,
+        rates=1,
+        corrupted=False,
+    )
     lines = []
-    for data, keys in SHOWN.items():
-        rows = [ROWS[key] for key in keys]
-        results = run(
-            [data],
-            OPTIMIZERS,
-            rows,
-            seeds,
-            epochs=2 if options.quick else None,
-            directory=options.out,
-            files=options.out,
-            jobs=options.jobs,
-            rates=1,
-            corrupted=False,
-        )
-        lines += _report.lines(results, rows)
+    for data, shown in rows.items():
+        own = {each: done for each, done in results.items() if each.data == data}
+        lines += _report.lines(own, shown)
     console = Console()
     console.print(table(lines))
     console.print(_notes(seeds), style="dim", highlight=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmbal_fast.functional import _checks
 from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.functional._observe import native_scores_, reference_scores
-from mmbal_fast.functional._operation import Operation, in_graph
+from mmbal_fast.functional._operation import Operation
 from mmbal_fast.reference import Statistic
 
 
@@ -77,7 +77,7 @@ def contribution_scores(
     """
     op = "contribution_scores"
     logits, target = classes_second(op, logits, target, class_dim)
-    if in_graph() or not isinstance(target, Tensor):
+    if not isinstance(target, Tensor):
         _checks.batch(op, logits, target, multi_label=multi_label)
     ignore_index = _checks.word(op, "ignore_index", ignore_index)
     return _operation(
@@ -93,12 +93,12 @@ def _native(
     ignore_index: int,
     statistic: str,
 ) -> Tensor:
-    state = torch.empty((3, len(logits)), dtype=torch.float32, device=target.device)
+    scores = torch.empty(len(logits), dtype=torch.float32, device=target.device)
     native_scores_(
-        native, state, None, None, None, logits, target, multi_label, ignore_index, False,
+        native, scores, None, None, None, logits, target, multi_label, ignore_index, False,
         statistic, 0.0, 1.0, "none", None,
     )  # fmt: skip
-    return state[0]
+    return scores
 
 
 _operation = Operation(
@@ -107,5 +107,8 @@ _operation = Operation(
     device=lambda logits, target, *_: target.device,
     native=_native,
     reference=reference_scores,
+    check=lambda logits, target, multi_label, *_: _checks.batch(
+        "contribution_scores", logits, target, multi_label=multi_label
+    ),
     fake=lambda logits, target, *_: target.new_empty(len(logits), dtype=torch.float32),
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 from torch.nn import Parameter
 
 from mmbal_fast.functional import _checks
@@ -32,9 +33,9 @@ def classes_second(
         ValueError: the logits have no such dimension.
     """
     class_dim = _checks.word(op, "class_dim", class_dim)
-    _checks.batch_of_tensors(op, logits, target)
-    if class_dim == 1:
+    if class_dim == 1 and isinstance(logits, list | tuple):
         return list(logits), target
+    _checks.batch_of_tensors(op, logits, target)
 
     def moved(each: Tensor) -> Tensor:
         if each.ndim < 2 or not -each.ndim <= class_dim < each.ndim:
@@ -59,7 +60,7 @@ def check_labels(op: str, logits: Sequence[Tensor], target: Tensor, ignore_index
     """Raise IndexError for a label outside ``[0, C)``; only on the CPU, where reading is free."""
     if target.is_floating_point() or target.device.type != "cpu":
         return
-    if torch._C._functorch.maybe_current_level() is not None:
+    if maybe_current_level() is not None:
         return  # a transform of torch.func has no values to read
     classes = logits[0].shape[1]
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))

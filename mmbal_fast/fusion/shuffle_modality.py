@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast import functional
+from mmbal_fast.functional import _checks
 from mmbal_fast.training import FeatureMethod, Record, Setting
 from mmbal_fast.training.method import tensor
 
@@ -173,10 +174,8 @@ class ShuffleModality(FeatureMethod):
             TypeError: as `functional.contribution_scores` does.
         """
         op = f"{type(self).__name__}.observe"
-        if not isinstance(logits, Mapping) or set(logits) != set(self.names):
-            got = list(logits) if isinstance(logits, Mapping) else type(logits).__name__
-            raise ValueError(f"{op}: logits must be given for {list(self.names)} (got {got})")
-        scores = functional.contribution_scores([logits[name] for name in self.names], target)
+        ordered = _checks.by_name(op, "logits", logits, self.names)
+        scores = functional.contribution_scores(ordered, target)
         self._seen = self._seen.to(scores.device)
         self._seen[:-1] += scores
         self._seen[-1] += len(target)

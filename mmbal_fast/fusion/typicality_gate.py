@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal_fast import _progress
+from mmbal_fast.functional import _checks
 from mmbal_fast.fusion._buffers import WideBuffers
 from mmbal_fast.nn._late_fusion import evaluating
 from mmbal_fast.nn._pool import at_least_float32, log_linear_pool, log_probabilities
@@ -467,18 +468,9 @@ def _log_distance(z: Tensor, center: Tensor, factor: Tensor, means: Tensor) -> T
 
 
 def _check_features(op: str, features: object, widths: Mapping[str, int]) -> None:
-    if not isinstance(features, Mapping):
-        raise TypeError(
-            f"{op}: features must be a mapping from modalities to tensors "
-            f"(got {type(features).__name__})"
-        )
-    if set(features) != set(widths):
-        raise ValueError(
-            f"{op}: features must name the modalities {list(widths)} (got {list(features)})"
-        )
+    ordered = _checks.by_name(op, "features", features, list(widths))
     rows = None
-    for name, width in widths.items():
-        each = features[name]
+    for (name, width), each in zip(widths.items(), ordered, strict=True):
         if each is None:
             continue
         if not isinstance(each, Tensor) or not each.is_floating_point():

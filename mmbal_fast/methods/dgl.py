@@ -90,7 +90,7 @@ class DGL(Method):
             TypeError: no mapping.
         """
         op = f"{type(self).__name__}.detached"
-        self._require_names(op, "features", features)
+        _checks.by_name(op, "features", features, self.names)
         return {
             name: features[name].detach() if self.enabled else features[name] for name in self.names
         }
@@ -107,18 +107,10 @@ class DGL(Method):
             TypeError: no mapping.
         """
         op = f"{type(self).__name__}.loss"
-        self._require_names(op, "losses", losses)
-        own = [losses[name] for name in self.names]
+        own: list[Tensor] = _checks.by_name(op, "losses", losses, self.names)
         if any(each.ndim for each in (fused, *own)):
             shapes = [list(each.shape) for each in (fused, *own)]
             raise ValueError(f"{op}: losses must be scalars (got shapes {shapes})")
         together = torch.stack(own)
         self.last = DGLRecord(together.detach().clone())
         return fused + self.alpha * together.sum()
-
-    def _require_names(self, op: str, what: str, given: Mapping[str, Tensor]) -> None:
-        _checks.mapping(op, what, given, "tensors")
-        if given.keys() != set(self.names):
-            raise ValueError(
-                f"{op}: {what} must be given for {list(self.names)} (got {list(given)})"
-            )

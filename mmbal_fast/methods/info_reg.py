@@ -89,14 +89,12 @@ class InfoReg(MeanModulation):
         op = type(self).__name__
         if not isinstance(strengths, Mapping):
             strengths = dict.fromkeys(self.names, strengths)
-        if strengths.keys() != set(self.names):
-            raise ValueError(
-                f"{op}: strengths must be given for {list(self.names)} (got {list(strengths)})"
-            )
+        given = _checks.by_name(op, "strengths", strengths, self.names, "numbers")
         if watch is not None and watch not in self.names:
             raise ValueError(f"{op}: watch must be one of {list(self.names)} (got {watch!r})")
         self.strengths = {
-            name: _checks.number(op, "strengths", strengths[name]) for name in self.names
+            name: _checks.number(op, "strengths", value)
+            for name, value in zip(self.names, given, strict=True)
         }
         """``c_m`` of each modality."""
         self.watch = watch

@@ -155,12 +155,7 @@ class OPM(FeatureMethod):
             IndexError: as `functional.contribution_scores` does.
         """
         op = f"{type(self).__name__}.observe"
-        _checks.mapping(op, "logits", logits, "tensors")
-        if logits.keys() != set(self.names):
-            raise ValueError(
-                f"{op}: logits must be given for {list(self.names)} (got {list(logits)})"
-            )
-        ordered = [logits[name] for name in self.names]
+        ordered = _checks.by_name(op, "logits", logits, self.names)
         ordered, target = classes_second(op, ordered, target, class_dim)
         if not isinstance(target, Tensor) or target.device != self._rows.device or in_graph():
             _checks.batch(op, ordered, target, multi_label=multi_label)

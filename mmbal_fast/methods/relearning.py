@@ -144,10 +144,7 @@ class Relearning(Method):
             RuntimeError: made on the meta device, and `remember` was not called.
         """
         op = f"{type(self).__name__}.step"
-        _checks.mapping(op, "gaps", gaps, "numbers")
-        if gaps.keys() != set(self.names):
-            raise ValueError(f"{op}: gaps must be given for {list(self.names)} (got {list(gaps)})")
-        values = [float(gaps[name]) for name in self.names]
+        values = [*map(float, _checks.by_name(op, "gaps", gaps, self.names, "numbers"))]
         if not all(map(math.isfinite, values)):
             raise ValueError(f"{op}: gaps must be finite (got {values})")
         if self._first is None:

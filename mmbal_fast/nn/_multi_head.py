@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmbal_fast.functional import _checks
+
 
 class MultiHeadLateFusion(nn.Module):
     """Encoders, a linear head on each, and a linear head on the concatenated features.
@@ -63,10 +65,7 @@ class MultiHeadLateFusion(nn.Module):
         op = "MultiHeadLateFusion"
         if len(encoders) < 2:
             raise ValueError(f"{op}: there must be at least 2 encoders (got {len(encoders)})")
-        if set(widths) != set(encoders):
-            raise ValueError(
-                f"{op}: widths must name the modalities {sorted(encoders)} (got {sorted(widths)})"
-            )
+        _checks.by_name(op, "widths", widths, list(encoders), "numbers")
         if fused in encoders:
             raise ValueError(f"{op}: no modality may be called like the fused head (got {fused!r})")
         self.encoders = nn.ModuleDict(encoders)
@@ -85,11 +84,7 @@ class MultiHeadLateFusion(nn.Module):
         Raises:
             ValueError: a modality is missing or unknown.
         """
-        if set(inputs) != set(self.encoders):
-            raise ValueError(
-                f"MultiHeadLateFusion: inputs must name the modalities {sorted(self.encoders)} "
-                f"(got {sorted(inputs)})"
-            )
+        _checks.by_name("MultiHeadLateFusion", "inputs", inputs, list(self.encoders))
         features = {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
         logits = {name: self.heads[name](each) for name, each in features.items()}
         logits[self.head_names[-1]] = self.fuse(features)

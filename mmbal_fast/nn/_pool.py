@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmbal_fast.functional import _checks
+
 
 def log_probabilities(
     op: str, names: Sequence[str], logits: Mapping[str, Tensor | None]
@@ -19,13 +21,8 @@ def log_probabilities(
         TypeError: logits that are neither a floating point tensor nor None.
         ValueError: other names, no logits at all, or logits of different shapes.
     """
-    if not isinstance(logits, Mapping):
-        raise TypeError(
-            f"{op}: logits must be a mapping from names to tensors (got {type(logits).__name__})"
-        )
-    if set(logits) != set(names):
-        raise ValueError(f"{op}: logits must name {list(names)} (got {list(logits)})")
-    present = [each for each in logits.values() if each is not None]
+    ordered = _checks.by_name(op, "logits", logits, names)
+    present = [each for each in ordered if each is not None]
     if not present:
         raise ValueError(f"{op}: logits must hold at least one tensor (got None for {list(names)})")
     for each in present:
@@ -39,7 +36,7 @@ def log_probabilities(
         )
     return [
         None if each is None else each.to(at_least_float32(each)).log_softmax(dim=1)
-        for each in (logits[name] for name in names)
+        for each in ordered
     ]
 
 

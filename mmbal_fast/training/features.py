@@ -51,16 +51,7 @@ class FeatureMethod(Method):
             TypeError: no mapping, or a value that is no floating point tensor.
             ValueError: other names, or batches of different size or device.
         """
-        if not isinstance(features, Mapping):
-            raise TypeError(
-                f"{op}: features must be a mapping from modalities to tensors "
-                f"(got {type(features).__name__})"
-            )
-        if features.keys() != set(self.names):
-            raise ValueError(
-                f"{op}: features must be given for {list(self.names)} (got {list(features)})"
-            )
-        ordered = [features[name] for name in self.names]
+        ordered: list[Tensor] = _checks.by_name(op, "features", features, self.names)
         for name, each in zip(self.names, ordered, strict=True):
             if not isinstance(each, Tensor) or not each.is_floating_point() or each.ndim < 1:
                 raise TypeError(

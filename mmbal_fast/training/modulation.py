@@ -125,7 +125,6 @@ class GradientModulation(Method):
         op = type(self).__name__
         _checks.mapping(op, "modalities", modalities, "encoders")
         super().__init__(modalities.keys(), process_group=process_group)
-        self._name_set = frozenset(self.names)
         self.noise = noise
         self.seed = _checks.word64(op, "seed", seed)
         """64-bit seed of the noise."""
@@ -214,12 +213,7 @@ class GradientModulation(Method):
         else:
             assert logits is not None
             assert target is not None
-            _checks.mapping(op, "logits", logits, "tensors")
-            if logits.keys() != self._name_set:
-                raise ValueError(
-                    f"{op}: logits must be given for {list(self.names)} (got {list(logits)})"
-                )
-            ordered = [logits[name] for name in self.names]
+            ordered = _checks.by_name(op, "logits", logits, self.names)
             ordered, target = classes_second(op, ordered, target, class_dim)
             elsewhere = not isinstance(target, Tensor) or target.device != self._rows.device
             if elsewhere or in_graph():  # else the kernels look first
@@ -235,11 +229,7 @@ class GradientModulation(Method):
 
     def _add_scores(self, op: str, scores: Mapping[str, Tensor | float] | Tensor) -> None:
         if isinstance(scores, Mapping):
-            if scores.keys() != self._name_set:
-                raise ValueError(
-                    f"{op}: scores must be given for {list(self.names)} (got {list(scores)})"
-                )
-            ordered = [scores[name] for name in self.names]
+            ordered = _checks.by_name(op, "scores", scores, self.names, "numbers")
             home = next((x.device for x in ordered if isinstance(x, Tensor)), self._rows.device)
             values = torch.stack(
                 [torch.as_tensor(x, dtype=torch.float32, device=home).reshape(()) for x in ordered]
@@ -324,8 +314,12 @@ class GradientModulation(Method):
         given = logits, target, ignore_index, class_dim, multi_label
         if in_graph():  # where gradients would stay switched off after an error
             return self._step(op, given, scaler, optimizers, error_if_nonfinite)
-        with torch.set_grad_enabled(False):  # half the time of no_grad
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # without the 50 us of no_grad in a cold cache
+        try:
             return self._step(op, given, scaler, optimizers, error_if_nonfinite)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     def _step(
         self,

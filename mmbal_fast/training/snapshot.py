@@ -37,7 +37,6 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, others: Sequence[Stateful | torch.Generator]) -> None:
-        """See the class."""
         self._undo: list[Callable[[], object]] = []
         tensors: set[Tensor] = set()
         for module in model.modules():

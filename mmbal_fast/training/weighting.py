@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmbal_fast.functional import _checks
 from mmbal_fast.functional._blended_cross_entropy import blend, check_label_smoothing
 from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.training.method import Method, Record, Setting, integer, tensor
@@ -113,10 +114,7 @@ class LossWeighting(Method):
             IndexError: as ``blended_cross_entropy`` does.
         """
         op = f"{type(self).__name__}.loss"
-        if not isinstance(logits, Mapping) or set(logits) != set(self.names):
-            got = list(logits) if isinstance(logits, Mapping) else type(logits).__name__
-            raise ValueError(f"{op}: logits must name the heads {list(self.names)} (got {got})")
-        ordered = [logits[name] for name in self.names]
+        ordered = _checks.by_name(op, "logits", logits, self.names)
         ordered, target = classes_second(op, ordered, target, class_dim)
         self._move(ordered[0].device)
         weights = self._weights if self.enabled else self._uniform
@@ -168,9 +166,8 @@ def as_losses(
         ValueError: a head is missing or unknown, or another number of losses.
     """
     if isinstance(losses, Mapping):
-        if set(losses) != set(heads):
-            raise ValueError(f"{op}: losses must name the heads {list(heads)} (got {list(losses)})")
-        values = torch.stack([_float64(losses[name]) for name in heads])
+        own = _checks.by_name(op, "losses", losses, heads)
+        values = torch.stack([_float64(each) for each in own])
     else:
         values = _float64(losses)
     if values.shape != (len(heads),):

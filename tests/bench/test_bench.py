@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from functools import partial
 
 import pytest
@@ -129,11 +130,27 @@ def test_counts_memory_that_is_held_at_once():
 
 def test_providers_take_turns():
     calls: list[str] = []
-    providers = [Provider(name, partial(calls.append, name)) for name in ("a", "b")]
+
+    def slowly(name):
+        time.sleep(2e-3)
+        calls.append(name)
+
+    providers = [Provider(name, partial(slowly, name)) for name in ("a", "b", "c")]
     timings = interleaved(providers, CPU, seconds=0.0)
-    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 5
+    assert calls[:6] == ["a", "a", "b", "b", "c", "c"]
+    rounds = list(zip(*[iter(calls[6:])] * 3, strict=True))
+    assert len(rounds) == 5
+    assert {frozenset(each) for each in rounds} == {frozenset("abc")}
+    assert len(set(rounds)) > 1  # none is always the one after the slowest
     assert {len(each.seconds) for each in timings.values()} == {5}
     assert Timing([1.0, 2.0, 3.0, 4.0, 5.0]).quantile(0.2) == pytest.approx(1.8)
+
+
+def test_what_is_short_is_warm():
+    events: list[str] = []
+    provider = Provider("a", lambda: events.append("run"), lambda: events.append("restore"))
+    interleaved([provider], CPU, seconds=0.0)
+    assert events == ["restore", "run"] * 2 + ["restore", "run", "restore", "run"] * 5
 
 
 def test_the_cache_is_emptied_before_cold_runs(monkeypatch):
@@ -165,9 +182,10 @@ def test_cases_of_devices():
     on = {name: list(all_cases(True, torch.device(name))) for name in ("cpu", "cuda")}
     assert {case.threads for case in on["cpu"]} == {None, 1}
     assert {case.threads for case in on["cuda"]} == {None}
-    assert not any(case.cold for case in on["cpu"])
+    assert [case.name for case in on["cpu"] if case.cold] == ["score-2x64x310, cold"]
     cold = [case for case in on["cuda"] if case.cold]
-    assert {(case.name, case.dtype, case.noise) for case in cold} == {
+    steps = [case for case in cold if isinstance(case.workload, Gradients)]
+    assert {(case.name, case.dtype, case.noise) for case in steps} == {
         ("av-resnet18, cold", dtype, noise) for dtype in DTYPES for noise in (True, False)
     }
     assert sum(case.compiled for case in on["cpu"]) == 2

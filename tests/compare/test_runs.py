@@ -62,7 +62,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 def test_only_what_the_tables_show_is_corrupted(tmp_path):
     rows = [ROWS["alone"], ROWS["joint"]]
     where = {"directory": tmp_path, "files": tmp_path}
-    found = compare.run([EXAMPLE], ["sgd"], rows, 1, **where, jobs=1, epochs=1)
+    found = compare.run({EXAMPLE: rows}, ["sgd"], 1, **where, jobs=1, epochs=1)
     joint = {run: each for run, each in found.items() if run.training == "joint"}
     assert len(found) == 2 * len(joint) == 4
     (corrupted,) = (run for run, each in found.items() if "told" in each)

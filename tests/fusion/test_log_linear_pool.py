@@ -141,7 +141,12 @@ LOGITS, TARGET = sample()
 @pytest.mark.parametrize(
     ("logits", "target", "error", "message"),
     [
-        ({"audio": LOGITS["audio"]}, TARGET, ValueError, r"logits must name .*\(got \['audio'\]\)"),
+        (
+            {"audio": LOGITS["audio"]},
+            TARGET,
+            ValueError,
+            r"logits must be given for .*\(got \['audio'\]\)",
+        ),
         (LOGITS | {"text": None}, TARGET, ValueError, r"have logits \(got None for 'text'\)"),
         (LOGITS | {"text": [1.0]}, TARGET, TypeError, r"floating point tensors or None .*list"),
         (LOGITS | {"text": LOGITS["text"][:5]}, TARGET, ValueError, r"logits must have one shape"),

@@ -420,7 +420,7 @@ BAD_DATA: dict[str, tuple[list[Any], list[Any], type[Exception], str]] = {
         [({"audio": TRAIN[0]["audio"]}, TRAIN[1])],
         [HELD_OUT],
         ValueError,
-        r"must name the modalities .*\(got \['audio'\]\)",
+        r"must be given for .*\(got \['audio'\]\)",
     ),
     "another width": (
         [(TRAIN[0] | {"text": TRAIN[0]["audio"]}, TRAIN[1])],
@@ -462,8 +462,8 @@ def without(features: Features, *names: str) -> dict[str, Tensor | None]:
     [
         ([1], some_logits(20), TypeError, r"features must be a mapping .*\(got list\)"),
         (shifted(), [1], TypeError, r"logits must be a mapping .*\(got list\)"),
-        ({}, some_logits(20), ValueError, r"features must name the modalities .*\(got \[\]\)"),
-        (shifted(), {}, ValueError, r"logits must name .*\(got \[\]\)"),
+        ({}, some_logits(20), ValueError, r"features must be given for .*\(got \[\]\)"),
+        (shifted(), {}, ValueError, r"logits must be given for .*\(got \[\]\)"),
         (without(shifted(), *WIDTHS), some_logits(20), ValueError, r"one modality at least"),
         (shifted(), without(some_logits(20), *WIDTHS), ValueError, r"hold at least one tensor"),
         (without(shifted(), "text"), some_logits(20), ValueError, r"only one of them for 'text'"),

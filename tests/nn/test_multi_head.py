@@ -89,9 +89,11 @@ def test_bad_arguments_are_refused() -> None:
     a, b = nn.Linear(4, 3), nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"at least 2 encoders \(got 1\)"):
         MultiHeadLateFusion({"a": a}, {"a": 3}, 7)
-    with pytest.raises(ValueError, match=r"widths must name .*\['a', 'b'\] \(got \['a'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"widths must be given for .*\['a', 'b'\] \(got \['a'\]\)"
+    ):
         MultiHeadLateFusion({"a": a, "b": b}, {"a": 3}, 7)
     with pytest.raises(ValueError, match=r"called like the fused head \(got 'b'\)"):
         MultiHeadLateFusion({"a": a, "b": b}, {"a": 3, "b": 3}, 7, fused="b")
-    with pytest.raises(ValueError, match=r"inputs must name .*\(got \['audio'\]\)"):
+    with pytest.raises(ValueError, match=r"inputs must be given for .*\(got \['audio'\]\)"):
         build()({"audio": INPUTS["audio"]})
