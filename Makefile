@@ -14,11 +14,18 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(abspath $(RUN)) -m pytest -n 2 --dist loadfi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck build native sanitize sanitize-threads fuzz
+.PHONY: help environment demo test lint format typecheck build native sanitize sanitize-threads fuzz
 .PHONY: noise-statistics docs bench matrix gpu-check sdist wheel wheels reproducible clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# One call of pip for what the targets below would install one after the other.
+EXTRAS := demo dist docs lint test
+environment: $(VENV)/.has-build ## everything that the targets need, into .venv at once
+	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-build-isolation -c $(CONSTRAINTS) \
+	    -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
+	touch $(EXTRAS:%=$(VENV)/.has-%)
 
 demo: $(VENV)/.has-demo native ## what balances colored digits and what does not, a few minutes
 	$(BIN)/mmbal-fast demo
@@ -41,7 +48,7 @@ format: $(VENV)/.has-lint ## rewrite Python and C++ in the project's style
 typecheck: $(VENV)/.has-lint ## mypy --strict
 	$(BIN)/mypy
 
-# Both are incremental: a touched file compiles alone.
+# Both are incremental: what a touched file is part of compiles again.
 native: $(VENV)/.has-build
 	$(RUN) setup.py --quiet build_ext --inplace
 
@@ -62,7 +69,8 @@ define sanitized-copy
 endef
 library = $$($${CXX:-c++} -print-file-name=$(1).so)
 
-SANITIZE_TESTS ?= tests/functional
+# Sanitizers see nothing of the reference.
+SANITIZE_TESTS ?= tests/functional -k "not reference"
 sanitize: SANITIZER := address,undefined
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(sanitized-copy)

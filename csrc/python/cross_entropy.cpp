@@ -72,7 +72,7 @@ void read_common(CrossEntropy& args, const Heads& logits, const View& target, py
       static_cast<int64_t*>(beside("count", checked_one(named("count"), count, kDLInt, 64)));
 }
 
-void forward(py::handle logits, py::handle target, py::handle weights, double smoothing,
+void blended_forward(py::handle logits, py::handle target, py::handle weights, double smoothing,
              int64_t ignore_index, py::handle loss, py::handle losses, py::handle normalizers,
              py::handle count, int threads, py::handle workspace) {
   const View labels = view(target, [] { return named("target"); });
@@ -93,7 +93,7 @@ void forward(py::handle logits, py::handle target, py::handle weights, double sm
                [&](const auto& device) { cross_entropy(args, device); });
 }
 
-void backward(py::handle grad, py::handle logits, py::handle target, py::handle weights,
+void blended_backward(py::handle grad, py::handle logits, py::handle target, py::handle weights,
               double smoothing, int64_t ignore_index, py::handle normalizers, py::handle count,
               py::handle grads, int threads) {
   const View labels = view(target, [] { return named("target"); });
@@ -117,10 +117,10 @@ void backward(py::handle grad, py::handle logits, py::handle target, py::handle 
 
 void bind_cross_entropy(py::module_& m) {
   using namespace pybind11::literals;
-  m.def("cross_entropy", &forward, "logits"_a, "target"_a, "weights"_a, "smoothing"_a,
+  m.def("cross_entropy", &blended_forward, "logits"_a, "target"_a, "weights"_a, "smoothing"_a,
         "ignore_index"_a, "loss"_a, "losses"_a, "normalizers"_a, "count"_a, "threads"_a,
         "workspace"_a);
-  m.def("cross_entropy_backward", &backward, "grad"_a, "logits"_a, "target"_a, "weights"_a,
+  m.def("cross_entropy_backward", &blended_backward, "grad"_a, "logits"_a, "target"_a, "weights"_a,
         "smoothing"_a, "ignore_index"_a, "normalizers"_a, "count"_a, "grads"_a, "threads"_a);
 }
 

@@ -152,7 +152,7 @@ void noise_like(py::handle out, uint64_t seed, py::handle step, py::handle tenso
                [&](const auto& device) { fill_with_noise(args, device); });
 }
 
-std::vector<uint32_t> philox4x32(const std::vector<uint32_t>& counter,
+std::vector<uint32_t> philox_words(const std::vector<uint32_t>& counter,
                                  const std::vector<uint32_t>& key, int rounds, bool on_cuda) {
   std::vector<uint32_t> words(4);
   if (counter.size() != 4 || key.size() != 2 || (rounds != 7 && rounds != 10)) {
@@ -178,7 +178,7 @@ void bind_gradients(py::module_& m) {
         "names"_a, "threads"_a, "workspace"_a, "inverse_scale"_a = py::none(),
         "found_inf"_a = py::none(), "single_launch"_a = false);
   m.def("noise_", &noise_like, "out"_a, "seed"_a, "step"_a, "tensor_id"_a, "offset"_a, "threads"_a);
-  m.def("philox4x32", &philox4x32, "counter"_a, "key"_a, "rounds"_a, "on_cuda"_a);
+  m.def("philox4x32", &philox_words, "counter"_a, "key"_a, "rounds"_a, "on_cuda"_a);
 }
 
 }  // namespace mmbal
