@@ -23,7 +23,7 @@ help: ## list the targets
 # One call of pip for what the targets below would install one after the other.
 EXTRAS := demo dist docs lint test
 environment: $(VENV)/.has-build ## everything that the targets need, into .venv at once
-	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-build-isolation -c $(CONSTRAINTS) \
+	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-compile --no-build-isolation -c $(CONSTRAINTS) \
 	    -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
 	touch $(EXTRAS:%=$(VENV)/.has-%)
 
@@ -157,6 +157,7 @@ clean: ## forget what was built, keep .venv
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # ---- The environment: a stamp for each extra of pyproject.toml ---------------------------------
+# Python compiles what it imports; pip would compile all of it, which takes longer than the rest.
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -169,15 +170,15 @@ $(RUN):
 
 build/pythons/%/.has-build: requirements/build.txt $(CONSTRAINTS)
 	python$* -m venv build/pythons/$*
-	build/pythons/$*/bin/python -m pip install -q pybind11 setuptools -c $(CONSTRAINTS)
+	build/pythons/$*/bin/python -m pip install -q --no-compile pybind11 setuptools -c $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.has-build: requirements/build.txt $(CONSTRAINTS) | $(RUN)
-	$(RUN) -m pip install -q -r requirements/build.txt -c $(CONSTRAINTS)
+	$(RUN) -m pip install -q --no-compile -r requirements/build.txt -c $(CONSTRAINTS)
 	@touch $@
 
 # Pure Python here, because `native` and `build` put the module in place and show their work.
 $(VENV)/.has-%: $(VENV)/.has-build pyproject.toml
 	@echo "installing torch and what make needs for '$*' into $(VENV): once, a few minutes"
-	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-build-isolation -c $(CONSTRAINTS) -e '.[$*]'
+	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-compile --no-build-isolation -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@

@@ -73,8 +73,8 @@ void read_common(CrossEntropy& args, const Heads& logits, const View& target, py
 }
 
 void blended_forward(py::handle logits, py::handle target, py::handle weights, double smoothing,
-             int64_t ignore_index, py::handle loss, py::handle losses, py::handle normalizers,
-             py::handle count, int threads, py::handle workspace) {
+                     int64_t ignore_index, py::handle loss, py::handle losses,
+                     py::handle normalizers, py::handle count, int threads, py::handle workspace) {
   const View labels = view(target, [] { return named("target"); });
   const Heads heads(named("logits"), logits, labels);
   CrossEntropy args{};
@@ -94,8 +94,8 @@ void blended_forward(py::handle logits, py::handle target, py::handle weights, d
 }
 
 void blended_backward(py::handle grad, py::handle logits, py::handle target, py::handle weights,
-              double smoothing, int64_t ignore_index, py::handle normalizers, py::handle count,
-              py::handle grads, int threads) {
+                      double smoothing, int64_t ignore_index, py::handle normalizers,
+                      py::handle count, py::handle grads, int threads) {
   const View labels = view(target, [] { return named("target"); });
   const Heads heads(named("logits"), logits, labels);
   const Heads results(named("gradients"), grads, labels);

@@ -42,15 +42,16 @@ struct Rows {
       for (size_t d = 1; d < shape.size(); ++d) width *= shape[d];
       const Shape strides(x.tensor.strides, x.tensor.strides + x.tensor.ndim);
       if (x.count > 0 && (!x.dense() || (batch > 1 && strides[0] != width))) {
-        throw py::value_error(kDropping + name + " must be blocks of memory, one for each sample (got " +
-                              "shape " + to_string(shape) + ", strides " + to_string(strides) +
-                              ")");
+        throw py::value_error(kDropping + name +
+                              " must be blocks of memory, one for each sample (got " + "shape " +
+                              to_string(shape) + ", strides " + to_string(strides) + ")");
       }
       require_shape(y, kDropping + "results", shape);
       if (x.count > 0 && Shape(y.tensor.strides, y.tensor.strides + y.tensor.ndim) != strides) {
         throw py::value_error(kDropping + "results must lie in memory as what they are made of");
       }
-      if (dtype != other) throw py::type_error(kDropping + "results must be of the type of " + name);
+      if (dtype != other)
+        throw py::type_error(kDropping + "results must be of the type of " + name);
       require_device(x, kDropping + name, first, "the others");
       require_device(y, kDropping + "results", first, "the others");
       from.push_back(x.data());
@@ -74,15 +75,16 @@ struct Rows {
 };
 
 void drop_forward(py::handle features, py::handle results, py::handle ratios, double base,
-             double strength, double apply, uint64_t seed, py::handle step, py::handle stream,
-             py::handle probabilities, py::handle factors, py::handle weight, bool advance,
-             int threads, py::handle workspace) {
+                  double strength, double apply, uint64_t seed, py::handle step, py::handle stream,
+                  py::handle probabilities, py::handle factors, py::handle weight, bool advance,
+                  int threads, py::handle workspace) {
   const Rows rows("features", features, results);
   const int64_t modalities = rows.modalities();
   View counter;
   const NoiseSource source = noise_source("drop_features", seed, step, &counter);
   if (counter.tensor.data) rows.beside<void>("step", counter);
-  const int64_t own = integer([&] { return kDropping + "stream"; }, stream, 1, UINT32_MAX - modalities);
+  const int64_t own =
+      integer([&] { return kDropping + "stream"; }, stream, 1, UINT32_MAX - modalities);
   DropFeatures args{};
   args.rows = rows.rows();
   args.dropping = {rows.beside<const float>("ratios", rows.vector("ratios", ratios, {modalities})),
@@ -121,9 +123,9 @@ void drop_backward(py::handle grads, py::handle results, py::handle factors, int
 
 void bind_dropping(py::module_& m) {
   using namespace pybind11::literals;
-  m.def("drop_features", &drop_forward, "features"_a, "results"_a, "ratios"_a, "base"_a, "strength"_a,
-        "apply"_a, "seed"_a, "step"_a, "stream"_a, "probabilities"_a, "factors"_a, "weight"_a,
-        "advance"_a, "threads"_a, "workspace"_a);
+  m.def("drop_features", &drop_forward, "features"_a, "results"_a, "ratios"_a, "base"_a,
+        "strength"_a, "apply"_a, "seed"_a, "step"_a, "stream"_a, "probabilities"_a, "factors"_a,
+        "weight"_a, "advance"_a, "threads"_a, "workspace"_a);
   m.def("drop_features_backward", &drop_backward, "grads"_a, "results"_a, "factors"_a, "threads"_a);
 }
 

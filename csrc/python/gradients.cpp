@@ -153,7 +153,7 @@ void noise_like(py::handle out, uint64_t seed, py::handle step, py::handle tenso
 }
 
 std::vector<uint32_t> philox_words(const std::vector<uint32_t>& counter,
-                                 const std::vector<uint32_t>& key, int rounds, bool on_cuda) {
+                                   const std::vector<uint32_t>& key, int rounds, bool on_cuda) {
   std::vector<uint32_t> words(4);
   if (counter.size() != 4 || key.size() != 2 || (rounds != 7 && rounds != 10)) {
     throw py::value_error("philox4x32: needs 4 counter words, 2 key words, 7 or 10 rounds");
