@@ -211,6 +211,11 @@ class Switches:
     portable: bool
     emulated: bool
 
+    @property
+    def races(self) -> bool:
+        """Whether only the emulated kernels are built, to look for races."""
+        return self.sanitize == ("thread",)
+
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Switches:
         """Reads and checks every switch.
@@ -291,9 +296,8 @@ class BuildNative(build_ext):
             command = [cmake, "--build", str(directory), "--parallel", str(switches.jobs)]
             # Targets and not values, which would configure anew.
             module = "_C_portable" if switches.portable else "_C"
-            races = switches.sanitize == ("thread",)  # of emulated kernels alone
-            command += ["--target", *([] if races else [module])]
-            command += ["_C_emulated"] if switches.emulated or races else []
+            command += ["--target", *([] if switches.races else [module])]
+            command += ["_C_emulated"] if switches.emulated or switches.races else []
             subprocess.run(command, check=True, env=environment)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
@@ -301,11 +305,16 @@ class BuildNative(build_ext):
                 f"{error.returncode}, the reason is above. MMBAL_CPU_ONLY=1 builds without CUDA, "
                 "MMBAL_PURE_PYTHON=1 without native code."
             ) from None
-        if races:
+        if switches.races:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         built = directory / "portable" if switches.portable else directory
         self.copy_file(str(built / output.name), str(output))
+
+    def copy_extensions_to_source(self) -> None:
+        """What ``--inplace`` does with the module, if one is built."""
+        if not Switches.read(os.environ).races:
+            super().copy_extensions_to_source()
 
     def _configure(
         self,
