@@ -177,6 +177,13 @@ def test_contraction_is_off_after_all_flags_of_the_user() -> None:
     assert "--fmad=false" in text
 
 
+def test_openmp_is_that_of_gcc() -> None:
+    """As in torch's wheels: Clang's would be a second runtime in the process."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert text.count("find_package(OpenMP") == 1
+    assert "if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)\n  find_package(OpenMP" in text
+
+
 def test_without_compiler_pure_python_takes_any_flag(script: ModuleType, machine: set[str]) -> None:
     assert script.Switches.read({"CXXFLAGS": "-Ofast", "MMBAL_PURE_PYTHON": "1"}).compiler is None
 
