@@ -314,7 +314,7 @@ def main() -> int:
     }
     first, last = 0, opt.out / "last.pt"
     if opt.resume:
-        checkpoint = torch.load(last, map_location=device)
+        checkpoint = torch.load(last, map_location=device, weights_only=True)
         first = checkpoint.pop("epochs")
         for name, state in checkpoint.items():
             stateful[name].load_state_dict(state)

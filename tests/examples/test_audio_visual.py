@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import re
 import runpy
 import shutil
@@ -104,6 +105,19 @@ def test_resumes_where_it_stopped(
     assert checkpoint["balancer"] == {
         "names": ["audio", "visual"], "seed": 0, "step": 4, "enabled": False,
     }  # fmt: skip
+
+
+def test_code_in_a_checkpoint_does_not_run(
+    example: ModuleType, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever torch does where it is not told."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"epochs": Path("one")}, tmp_path / "last.pt")
+    command = ["audio_visual.py", str(pristine), "--width=4", f"--out={tmp_path}", "--resume"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        example.main()
 
 
 def test_ends_with_an_exit_code(

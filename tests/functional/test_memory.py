@@ -183,6 +183,13 @@ def test_tensors_without_plain_memory(native: Backend) -> None:
     refused(zeros, k, "Tensor of zeros without memory")
 
 
+def test_the_reference_refuses_them_too() -> None:
+    on = torch.device("cpu")
+    with _backend.using(None):
+        for tensor in (Wrapper(torch.ones(3)), fake(on), torch._efficientzerotensor(3)):
+            refused(tensor, torch.ones(1), "float32 on cpu")
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "functionalize"])
 def test_tensors_within_a_transform(native: Backend, transform: str) -> None:
     """Operations say it before; this is what the module says for itself."""

@@ -811,6 +811,13 @@ def test_modality_without_parameters() -> None:
         r"\(got str in it\)$",
     ):
         OGMGE({"m0": nn.Linear(2, 2), "m1": ["encoder.weight"]}, alpha=0.7)  # type: ignore[dict-item]
+    wrong: Any
+    for wrong in (None, "encoder", 3):
+        with pytest.raises(
+            TypeError,
+            match=rf"^OGMGE: modality 'm1' must be a module, .* parameters \(got {wrong!r}\)$",
+        ):
+            OGMGE({"m0": nn.Linear(2, 2), "m1": wrong}, alpha=0.7)
 
 
 @contextmanager

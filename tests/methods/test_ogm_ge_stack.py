@@ -806,3 +806,31 @@ def test_settings_may_change_every_epoch_under_a_compiler() -> None:
                 step({name: each.detach() for name, each in logits.items()}, target)
                 optimizer.step()
     assert torch.equal(nets[0].bits(), nets[1].bits())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+)
+def test_settings_made_under_other_defaults_reach_a_compiled_step(
+    dtype: torch.dtype, device: str
+) -> None:
+    """As models are made within ``from_pretrained`` or a trainer's precision."""
+    torch._dynamo.reset()
+    nets = [Net(), Net()]
+    for net, other in zip(nets, (False, True), strict=True):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype if other else before)
+        try:
+            with torch.device(device if other else "cpu"):
+                balancer = net.balancer()
+        finally:
+            torch.set_default_dtype(before)
+        step = torch.compile(balancer.step, fullgraph=True, backend="eager")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        for i in range(2):
+            balancer.alpha = 0.3 + 0.1 * i
+            optimizer.zero_grad()
+            logits, target = backward(net, i)
+            step({name: each.detach() for name, each in logits.items()}, target)
+            optimizer.step()
+    assert torch.equal(nets[0].bits(), nets[1].bits())
