@@ -20,11 +20,14 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(abspath $(RUN)) -m pytest -n 2 --dist loadfi
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Pure Python here, because `native` and `build` put the module in place and show their work.
+INSTALL := MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-compile --no-build-isolation \
+    -c $(CONSTRAINTS) -e
+
 # One call of pip for what the targets below would install one after the other.
 EXTRAS := demo dist docs lint test
 environment: $(VENV)/.has-build ## everything that the targets need, into .venv at once
-	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-compile --no-build-isolation -c $(CONSTRAINTS) \
-	    -e ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
+	$(INSTALL) ".[$$(echo $(EXTRAS) | tr ' ' ,)]"
 	touch $(EXTRAS:%=$(VENV)/.has-%)
 
 demo: $(VENV)/.has-demo native ## what balances colored digits and what does not, a few minutes
@@ -177,8 +180,7 @@ $(VENV)/.has-build: requirements/build.txt $(CONSTRAINTS) | $(RUN)
 	$(RUN) -m pip install -q --no-compile -r requirements/build.txt -c $(CONSTRAINTS)
 	@touch $@
 
-# Pure Python here, because `native` and `build` put the module in place and show their work.
 $(VENV)/.has-%: $(VENV)/.has-build pyproject.toml
 	@echo "installing torch and what make needs for '$*' into $(VENV): once, a few minutes"
-	MMBAL_PURE_PYTHON=1 $(RUN) -m pip install -q --no-compile --no-build-isolation -c $(CONSTRAINTS) -e '.[$*]'
+	$(INSTALL) '.[$*]'
 	@touch $@

@@ -33,6 +33,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -281,9 +282,14 @@ class BuildNative(build_ext):
         if given is None:
             self.build_temp = str(Path(self.build_temp).parent / "native")
 
+    @cached_property
+    def switches(self) -> Switches:
+        """Read once: nvcc is asked what it knows."""
+        return Switches.read(os.environ)
+
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension module."""
-        switches = Switches.read(os.environ)
+        switches = self.switches
         directory = Path(self.build_temp).resolve() / (
             "-".join(("debug" if switches.debug else "release", *switches.sanitize))
         )
@@ -313,7 +319,7 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """What ``--inplace`` does with the module, if one is built."""
-        if not Switches.read(os.environ).races:
+        if not self.switches.races:
             super().copy_extensions_to_source()
 
     def _configure(

@@ -92,8 +92,8 @@ py::object scores_(py::handle logits, py::handle target, bool multi_label, int64
   std::vector<DType> dtypes(rows.size());
   const std::string what_state = op + ": state";
   const bool alone = view(state, [&] { return what_state; }).tensor.ndim == 1;  // scores alone
-  const View result = alone ? checked(what_state, state, kDLFloat, 32, {modalities})
-                            : checked(what_state, state, kDLFloat, 32, {3, modalities});
+  const View result =
+      checked(what_state, state, kDLFloat, 32, alone ? Shape{modalities} : Shape{3, modalities});
   if (alone && (!totals.is_none() || rule != static_cast<int>(Rule::kNone))) {
     throw py::value_error(what_state + " must be of shape [3, M] for a rule (got [M])");
   }

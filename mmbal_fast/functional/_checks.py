@@ -88,7 +88,7 @@ def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
 
 def integer(op: str, name: str, value: object, least: int, most: int) -> int:
     """An integer from ``least`` to ``most``."""
-    # The protocol's own check takes 9 us: not for an int.
+    # The protocol's own check takes 5 us, 50 in a cold cache: not for an int.
     if type(value) is not int and (
         not isinstance(value, SupportsIndex) or isinstance(value, Tensor)
     ):
@@ -101,8 +101,6 @@ def integer(op: str, name: str, value: object, least: int, most: int) -> int:
 
 def word(op: str, name: str, value: object) -> int:
     """A 64-bit integer."""
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
     return integer(op, name, value, -(2**63), 2**63 - 1)
 
 

@@ -15,7 +15,7 @@ from mmbal_fast.functional._derive import derive_
 from mmbal_fast.functional._logits import classes_second
 from mmbal_fast.functional._modulate import LABEL_OUT_OF_RANGE, NON_FINITE_GRADIENT
 from mmbal_fast.functional._observe import observe_
-from mmbal_fast.functional._operation import in_graph
+from mmbal_fast.functional._operation import in_graph, without_grad
 from mmbal_fast.reference import Statistic
 from mmbal_fast.training import ranks
 from mmbal_fast.training.amp import as_optimizers, found_inf, unscale_
@@ -314,12 +314,7 @@ class GradientModulation(Method):
         given = logits, target, ignore_index, class_dim, multi_label
         if in_graph():  # where gradients would stay switched off after an error
             return self._step(op, given, scaler, optimizers, error_if_nonfinite)
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # without the 50 us of no_grad in a cold cache
-        try:
-            return self._step(op, given, scaler, optimizers, error_if_nonfinite)
-        finally:
-            torch._C._set_grad_enabled(before)
+        return without_grad(self._step, op, given, scaler, optimizers, error_if_nonfinite)
 
     def _step(
         self,

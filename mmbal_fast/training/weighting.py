@@ -115,6 +115,7 @@ class LossWeighting(Method):
         """
         op = f"{type(self).__name__}.loss"
         ordered = _checks.by_name(op, "logits", logits, self.names)
+        _checks.batch_of_tensors(op, ordered, target)
         ordered, target = classes_second(op, ordered, target, class_dim)
         self._move(ordered[0].device)
         weights = self._weights if self.enabled else self._uniform

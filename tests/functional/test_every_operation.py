@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +14,7 @@ from mmbal_fast import functional, reference
 from mmbal_fast.functional._accumulate_speeds import accumulate_speeds_
 from mmbal_fast.functional._derive import derive_, remember_
 from mmbal_fast.functional._observe import observe_
+from tests.defaults import default
 
 if TYPE_CHECKING:
     from tests.conftest import Backend
@@ -89,20 +89,6 @@ def calls(device: torch.device) -> dict[str, Call]:
 
 def test_lists_every_operation() -> None:
     assert set(calls(torch.device("cpu"))) == set(functional.__all__)
-
-
-@contextmanager
-def default(what: torch.dtype | str) -> Iterator[None]:
-    if isinstance(what, str):
-        with torch.device(what):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(what)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("ops", [functional, reference], ids=["functional", "reference"])

@@ -21,6 +21,7 @@ from mmbal_fast import _backend
 from mmbal_fast.integrations._callback import MethodCallback
 from mmbal_fast.training import GradientModulation, Method, Record, Setting
 from mmbal_fast.training.history import values_of
+from tests.defaults import default
 from tests.host_reads import host_reads
 from tests.methods.cases import CASES, Case, Run, filled
 from tests.methods.test_ogm_ge_stack import captured
@@ -482,17 +483,13 @@ def test_a_copied_record_shows_what_the_copys_steps_measure(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_no_default_dtype_plays_a_part(case: Case, dtype: torch.dtype) -> None:
     plain_run = trained(case, 6)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default(dtype):
         run = trained(case, 3)
         run.method.load_state_dict(run.method.state_dict())
         for number in range(3, 6):
             run.step(number)
         assert same(run.bits(), plain_run.bits())
         assert equal_states(run.method.state_dict(), plain_run.method.state_dict())
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_no_default_device_plays_a_part(case: Case) -> None:

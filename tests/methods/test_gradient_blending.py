@@ -101,6 +101,9 @@ def test_loss_refuses_other_heads() -> None:
         blending.loss({"audio": heads["audio"], "image": heads["image"]}, target)
     with pytest.raises(ValueError, match="logits must be given for"):
         blending.loss({**heads, "text": heads["audio"]}, target)
+    for wrong in (1.0, None, "text"):
+        with pytest.raises(TypeError, match=r"^GradientBlending.loss: logits must be tensors"):
+            blending.loss({**heads, "audio": wrong}, target)  # type: ignore[dict-item]
     assert blending.last is None
 
 

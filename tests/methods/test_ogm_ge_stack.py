@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmbal_fast
 from mmbal_fast.functional._modulate import NON_FINITE_GRADIENT, unscales
 from mmbal_fast.training import gradients
+from tests.defaults import default
 from tests.host_reads import host_reads
 from tests.methods.checkpoints import SAVES
 
@@ -788,6 +789,17 @@ def test_a_capture_refuses_what_a_graph_cannot_hold(native: Backend) -> None:
     captured(native, lambda: None)
 
 
+def train_while_settings_change(net: Net, balancer: mmbal_fast.OGMGE, step: Any, steps: int) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for i in range(steps):
+        balancer.alpha = 0.1 * i
+        balancer.noise = 0.05 + 0.1 * i
+        optimizer.zero_grad()
+        logits, target = backward(net, i)
+        step({name: each.detach() for name, each in logits.items()}, target)
+        optimizer.step()
+
+
 def test_settings_may_change_every_epoch_under_a_compiler() -> None:
     torch._dynamo.reset()  # other tests have compiled the same code
     nets = [Net(), Net()]
@@ -796,41 +808,19 @@ def test_settings_may_change_every_epoch_under_a_compiler() -> None:
         step = balancer.step
         if compiled:
             step = torch.compile(step, fullgraph=True, backend="eager")
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for i in range(12):
-                balancer.alpha = 0.1 * i
-                balancer.noise = 0.05 + 0.1 * i
-                optimizer.zero_grad()
-                logits, target = backward(net, i)
-                step({name: each.detach() for name, each in logits.items()}, target)
-                optimizer.step()
+            train_while_settings_change(net, balancer, step, 12)
     assert torch.equal(nets[0].bits(), nets[1].bits())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
-)
-def test_settings_made_under_other_defaults_reach_a_compiled_step(
-    dtype: torch.dtype, device: str
-) -> None:
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_settings_made_under_other_defaults_reach_a_compiled_step(other: torch.dtype | str) -> None:
     """As models are made within ``from_pretrained`` or a trainer's precision."""
     torch._dynamo.reset()
     nets = [Net(), Net()]
-    for net, other in zip(nets, (False, True), strict=True):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype if other else before)
-        try:
-            with torch.device(device if other else "cpu"):
-                balancer = net.balancer()
-        finally:
-            torch.set_default_dtype(before)
+    for net, what in zip(nets, (torch.float32, other), strict=True):
+        with default(what):
+            balancer = net.balancer()
         step = torch.compile(balancer.step, fullgraph=True, backend="eager")
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        for i in range(2):
-            balancer.alpha = 0.3 + 0.1 * i
-            optimizer.zero_grad()
-            logits, target = backward(net, i)
-            step({name: each.detach() for name, each in logits.items()}, target)
-            optimizer.step()
+        train_while_settings_change(net, balancer, step, 3)
     assert torch.equal(nets[0].bits(), nets[1].bits())

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmbal_fast.nn import MMTM
+from tests.defaults import default
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vectors": [(3,), (5,)],
@@ -347,12 +348,8 @@ def test_defaults_of_torch_do_not_matter(dtype: torch.dtype, device: str) -> Non
 
     features = [x.float() for x in make(SHAPES["three branches"])]
     expected = run(MMTM([3, 4, 2], device="cpu", dtype=torch.float32))
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            found = run(MMTM([3, 4, 2], device="cpu", dtype=torch.float32))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default(dtype), default(device):
+        found = run(MMTM([3, 4, 2], device="cpu", dtype=torch.float32))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 

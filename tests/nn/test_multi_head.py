@@ -6,6 +6,7 @@ from torch import nn
 
 from mmbal_fast import OGMGE, GradientBlending
 from mmbal_fast.nn import MultiHeadLateFusion
+from tests.defaults import default
 
 
 def build(**options) -> MultiHeadLateFusion:
@@ -41,19 +42,15 @@ def test_an_empty_sequence_is_a_head() -> None:
     assert model(INPUTS)["fused"].shape == (2, 8)
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_defaults_of_torch_do_not_matter(default: torch.dtype, device: str) -> None:
+def test_defaults_of_torch_do_not_matter(dtype: torch.dtype, device: str) -> None:
     encoders = {"image": nn.Linear(4, 5), "audio": nn.Linear(4, 3)}
-    torch.set_default_dtype(default)
-    try:
-        with torch.device(device):
-            model = MultiHeadLateFusion(
-                encoders, {"audio": 3, "image": 5}, 7, device="cpu", dtype=torch.float32
-            )
-            logits = model({name: torch.ones(2, 4, device="cpu").float() for name in encoders})
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with default(dtype), default(device):
+        model = MultiHeadLateFusion(
+            encoders, {"audio": 3, "image": 5}, 7, device="cpu", dtype=torch.float32
+        )
+        logits = model({name: torch.ones(2, 4, device="cpu").float() for name in encoders})
     assert all((each.dtype, each.device.type) == (torch.float32, "cpu") for each in logits.values())
 
 
