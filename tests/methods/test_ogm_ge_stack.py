@@ -789,7 +789,9 @@ def test_a_capture_refuses_what_a_graph_cannot_hold(native: Backend) -> None:
     captured(native, lambda: None)
 
 
-def train_while_settings_change(net: Net, balancer: mmbal_fast.OGMGE, step: Any, steps: int) -> None:
+def train_while_settings_change(
+    net: Net, balancer: mmbal_fast.OGMGE, step: Any, steps: int
+) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for i in range(steps):
         balancer.alpha = 0.1 * i
