@@ -160,7 +160,9 @@ clean: ## forget what was built, keep .venv
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # ---- The environment: a stamp for each extra of pyproject.toml ---------------------------------
-# Python compiles what it imports; pip would compile all of it, which takes longer than the rest.
+# Python compiles what it imports; pip would compile all of it, which takes longer than the rest. So
+# Python must be let keep it: torch alone takes seconds more in each of a hundred processes otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
