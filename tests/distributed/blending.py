@@ -1,4 +1,4 @@
-"""Checks of Gradient-Blending on many ranks, which the scripts of torchrun import."""
+"""Checks of Gradient-Blending on many ranks, which the modules of ranks import."""
 
 from __future__ import annotations
 

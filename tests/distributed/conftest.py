@@ -1,4 +1,4 @@
-"""The scripts are run by torchrun, not collected."""
+"""What ranks run is not collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks for four ranks, run by torchrun: see test_torchrun.py."""
+"""Checks for four ranks: see test_ranks.py."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def step_often(balancer: mmbal_fast.OGMGE, logits: dict[str, torch.Tensor]) -> N
 
 def check_the_others_fail_where_a_rank_dies(folder: Path) -> None:
     """With torch's own error and at once. The last check: nobody can go on after it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide the error
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of who started the ranks; would hide the error
     net = TwoEncoders()
     balancer = mmbal_fast.OGMGE(net.encoders(), alpha=0.5)
     model = DistributedDataParallel(net)

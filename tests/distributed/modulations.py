@@ -1,4 +1,4 @@
-"""Checks of the modulations beside OGM-GE on many ranks, which the scripts of torchrun import."""
+"""Checks of the modulations beside OGM-GE on many ranks, which the modules of ranks import."""
 
 from __future__ import annotations
 

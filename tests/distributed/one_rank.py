@@ -1,4 +1,4 @@
-"""Checks for a single rank, run by torchrun: see test_torchrun.py."""
+"""Checks for a single rank: see test_ranks.py."""
 
 from __future__ import annotations
 

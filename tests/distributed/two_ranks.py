@@ -1,4 +1,4 @@
-"""Checks for two ranks, run by torchrun: see test_two_ranks.py."""
+"""Checks for two ranks: see test_two_ranks.py."""
 
 from __future__ import annotations
 

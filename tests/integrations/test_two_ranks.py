@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,32 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import ranks
 from tests.integrations import training
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds; a run takes about 20
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
 )
 
 
-def ranks(folder: Path, *names: str) -> dict[str, list[dict[str, Any]]]:
+def train(folder: Path, *names: str, imported: str) -> dict[str, list[dict[str, Any]]]:
     """What the ranks saved, of each training."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.integrations.two_ranks", str(folder), *names]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    environment["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run(
-        command,
-        env=environment,
-        cwd=folder,
-        timeout=TIMEOUT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    run = ranks.run(2, f"{__package__}.two_ranks", folder, *names, cwd=folder, imported=imported)
     if run.returncode:
         pytest.fail(run.stdout)
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(2)] for name in names}
@@ -64,7 +46,9 @@ def require_plain(result: dict[str, Any]) -> None:
 
 def test_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
-    results = ranks(tmp_path, "lightning")["lightning"]
+    results = train(tmp_path, "lightning", imported="tests.integrations.test_lightning")[
+        "lightning"
+    ]
     require_plain(require_equal_ranks(results))
     assert [result["logged"] for result in results] == [[1, 3], []]
 
@@ -74,7 +58,9 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], An
     """One run for both, which share most of what they import."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    return ranks(tmp_path_factory.mktemp("ranks"), "transformers", "accelerate").__getitem__
+    folder = tmp_path_factory.mktemp("ranks")
+    both = ("transformers", "accelerate")
+    return train(folder, *both, imported="tests.integrations.test_transformers").__getitem__
 
 
 def test_transformers(hugging_face: Callable[[str], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What each of two ranks trains, run by torchrun: see test_two_ranks.py."""
+"""What each of two ranks trains: see test_two_ranks.py."""
 
 from __future__ import annotations
 
