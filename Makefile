@@ -72,8 +72,9 @@ define sanitized-copy
 endef
 library = $$($${CXX:-c++} -print-file-name=$(1).so)
 
-# Sanitizers see nothing of the reference.
-SANITIZE_TESTS ?= tests/functional -k "not reference"
+# Sanitizers see nothing of the reference, and nothing new where torch compiles or imports.
+SANITIZE_TESTS ?= tests/functional \
+    -k "not reference and not compile and not opcheck and not imported_twice"
 sanitize: SANITIZER := address,undefined
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(sanitized-copy)
