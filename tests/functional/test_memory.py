@@ -248,21 +248,23 @@ def test_subclass_that_carries_metadata(backend: Backend) -> None:
 
 
 class ClearingIndex:
-    """An index whose reading empties the list of gradients."""
+    """An index whose reading empties lists."""
 
-    def __init__(self, grads: list[Tensor]) -> None:
-        self.grads = grads
+    def __init__(self, *lists: list[Any]) -> None:
+        self.lists = lists
 
     def __index__(self) -> int:
-        self.grads.clear()
+        for each in self.lists:
+            each.clear()
         return 0
 
 
-def test_index_that_clears_the_list(native: Backend) -> None:
+def test_index_that_clears_the_lists(native: Backend) -> None:
     grads = [torch.ones(5, device=native.device) for _ in range(50)]
     views = list(grads)
     k = torch.tensor([0.5], device=native.device)
-    modality: list[Any] = [ClearingIndex(grads), *[0] * 49]
+    modality: list[Any] = [0] * 50
+    modality[0] = ClearingIndex(grads, modality)
     modulate_(grads, k, modality, noise=0.0)
     assert all(torch.equal(each, torch.full_like(each, 0.5)) for each in views)
 
