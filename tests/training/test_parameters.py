@@ -45,7 +45,8 @@ def assigned(net: Any) -> None:
 
 
 def parametrized(net: Any) -> None:
-    parametrize.register_parametrization(net["a"][0], "weight", nn.Identity())
+    # Two parameters in place of one: a parametrization by one keeps the one there was.
+    nn.utils.parametrizations.weight_norm(net["a"][0])
 
 
 def replaced_module(net: Any) -> None:
