@@ -46,10 +46,10 @@ class Row:
     pins: dict[str, str | None] = field(default_factory=dict)
 
 
+TORCH = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 ROWS = {
-    **{f"torch {version}": Row(pins={"torch": version}) for version in ("2.10.0", "2.11.0")},
-    **{f"torch {version}": Row(pins={"torch": version}) for version in ("2.12.1", "2.13.0")},
-    **{f"torch {version}": Row(pins={"torch": version}) for version in ("2.14.1", "2.15.0")},
+    # Each has bounds of its own for setuptools.
+    **{f"torch {version}": Row(pins={"torch": version, "setuptools": None}) for version in TORCH},
     **{f"Python {version}": Row(python=version) for version in ("3.10", "3.12", "3.13", "3.14")},
     "oldest frameworks": Row(pins={"lightning": "2.5.0", "transformers": "5.6.0"}),
     "newest frameworks": Row(pins={"lightning": None, "transformers": None, "accelerate": None}),
