@@ -126,8 +126,8 @@ sdist: $(VENV)/.has-build ## the source distribution, in dist/
 # The Python of .venv, and those of the machine that can make wheels. All share the objects that know
 # no Python, and the first what `make build` compiled.
 OWN = $(shell $(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-PYTHONS = $(shell for minor in 10 11 12 13 14; do \
-    python3.$$minor -c 'import ensurepip, venv' 2>/dev/null && echo 3.$$minor; done)
+PYTHONS = $(sort $(OWN) $(shell for minor in 10 11 12 13 14; do \
+    python3.$$minor -c 'import ensurepip, venv' 2>/dev/null && echo 3.$$minor; done))
 PLATFORM = manylinux_2_28_$(shell uname -m)
 
 wheel: PYTHONS = $(OWN)
