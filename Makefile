@@ -127,7 +127,7 @@ sdist: $(VENV)/.has-build ## the source distribution, in dist/
 # no Python, and the first what `make build` compiled.
 OWN = $(shell $(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PYTHONS = $(sort $(OWN) $(shell for minor in 10 11 12 13 14; do \
-    python3.$$minor -c 'import ensurepip, venv' 2>/dev/null && echo 3.$$minor; done))
+    if python3.$$minor -c 'import ensurepip, venv' 2>/dev/null; then echo 3.$$minor; fi; done))
 PLATFORM = manylinux_2_28_$(shell uname -m)
 
 wheel: PYTHONS = $(OWN)
