@@ -207,6 +207,27 @@ def by_name(
     return [values[each] for each in names]
 
 
+def features(op: str, given: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+    """Dense floating point tensors ``[B, ...]`` of one batch; ``names`` are for errors."""
+    for index, each in enumerate(given):
+        dense = isinstance(each, Tensor) and each.layout == torch.strided
+        if not dense or each.dtype not in FLOATS or each.ndim < 1:
+            got = type(each).__name__
+            if isinstance(each, Tensor):
+                got = f"{each.dtype}, {each.layout}, shape {list(each.shape)}"
+            which = "" if names is None else f" for {names[index]!r}"
+            raise TypeError(
+                f"{op}: features must be dense tensors [B, ...] of float32, float64, float16 or "
+                f"bfloat16 (got {got}{which})"
+            )
+    first = given[0]
+    if any(each.shape[0] != first.shape[0] or each.device != first.device for each in given):
+        raise ValueError(
+            f"{op}: features must be of one batch size and device "
+            f"(got {[(list(each.shape), str(each.device)) for each in given]})"
+        )
+
+
 def batch_of_tensors(op: str, logits: Sequence[Tensor], target: Tensor) -> None:
     """Dense tensors, whatever their shapes."""
     sequence(op, "logits", logits)

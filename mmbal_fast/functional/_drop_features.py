@@ -81,22 +81,14 @@ def drop_features(
     _checks.sequence(op, "features", features)
     if len(features) == 0:
         raise ValueError(f"{op}: features must hold at least one tensor (got none)")
-    for each in features:
-        if not isinstance(each, Tensor) or each.dtype not in _checks.FLOATS or each.ndim < 1:
-            got = f"{each.dtype}" if isinstance(each, Tensor) else type(each).__name__
-            raise TypeError(
-                f"{op}: features must be tensors [B, ...] of float32, float64, float16 or bfloat16 "
-                f"(got {got})"
-            )
+    _checks.features(op, features)
     first = features[0]
-    if any(each.shape[0] != first.shape[0] or each.device != first.device for each in features):
-        raise ValueError(
-            f"{op}: features must be of one batch size and device "
-            f"(got {[(list(each.shape), str(each.device)) for each in features]})"
-        )
-    if not isinstance(ratios, Tensor) or ratios.dtype != torch.float32:
-        got = f"{ratios.dtype}" if isinstance(ratios, Tensor) else type(ratios).__name__
-        raise TypeError(f"{op}: ratios must be a float32 tensor (got {got})")
+    dense = isinstance(ratios, Tensor) and ratios.layout == torch.strided
+    if not dense or ratios.dtype != torch.float32:
+        got = type(ratios).__name__
+        if isinstance(ratios, Tensor):
+            got = f"{ratios.dtype}, {ratios.layout}"
+        raise TypeError(f"{op}: ratios must be a dense float32 tensor (got {got})")
     if ratios.shape != (len(features),) or ratios.device != first.device:
         raise ValueError(
             f"{op}: ratios must be [{len(features)}] on the device of the features "

@@ -257,7 +257,7 @@ def modulate_(
             old = values[piece]
             new = old.to(dtype) * scale
             if noise != 0:
-                new = new + amplitude.to(grad.device, dtype) * normals(
+                drawn = normals(
                     piece.start + (0 if offsets is None else offsets[index]),
                     piece.stop - piece.start,
                     seed=seed,
@@ -265,6 +265,8 @@ def modulate_(
                     tensor_id=index if tensor_ids is None else tensor_ids[index],
                     device=grad.device,
                 )
+                # A tensor of no dimension does not widen the type of a product.
+                new = new + amplitude.to(grad.device, dtype) * drawn.to(dtype)
             values[piece] = saturated(old, new)
         if not is_dense(grad):
             grad.copy_(values.view(grad.shape))

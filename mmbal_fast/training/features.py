@@ -48,25 +48,15 @@ class FeatureMethod(Method):
         """The features ``[B, ...]`` in the order of the names; the counter follows their device.
 
         Raises:
-            TypeError: no mapping, or a value that is no floating point tensor.
+            TypeError: no mapping, or a value that is no dense floating point tensor.
             ValueError: other names, or batches of different size or device.
         """
         ordered: list[Tensor] = _checks.by_name(op, "features", features, self.names)
-        for name, each in zip(self.names, ordered, strict=True):
-            if not isinstance(each, Tensor) or not each.is_floating_point() or each.ndim < 1:
-                raise TypeError(
-                    f"{op}: features must be floating point tensors [B, ...] "
-                    f"(got {type(each).__name__} for '{name}')"
-                )
-        first = ordered[0]
-        if any(each.shape[0] != first.shape[0] or each.device != first.device for each in ordered):
-            raise ValueError(
-                f"{op}: features must be of one batch size and device "
-                f"(got {[(list(each.shape), str(each.device)) for each in ordered]})"
-            )
-        if self._counter.device != first.device:
+        _checks.features(op, ordered, self.names)
+        device = ordered[0].device
+        if self._counter.device != device:
             with torch.inference_mode(False):
-                self._counter = self._counter.to(first.device)
+                self._counter = self._counter.to(device)
         return ordered
 
     def _advance(self) -> None:

@@ -546,6 +546,15 @@ def test_large_numbers_are_numbers(backend: Backend, size: int) -> None:
     assert status.item() == 1
 
 
+@pytest.mark.parametrize("size", [1.0, 1e60])
+def test_noise_of_float64_is_a_float64_product(backend: Backend, size: float) -> None:
+    grad = size * torch.randn(100, dtype=torch.float64).to(backend.device)
+    normal = noise_like(grad.float(), seed=3, step=4).double()
+    expected = 0.5 * grad + (grad.std() + 1e-8) * normal
+    modulate_([grad], factors(backend.device, 0.5), [0], seed=3, step=4)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14 * size)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [0.5, 1.0])
