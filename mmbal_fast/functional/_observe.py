@@ -64,7 +64,9 @@ def native_scores_(
     target = plain(target)
     flat = [rows(plain(each)) for each in logits]
     if target.is_floating_point():
+        # Kernels read labels in the type of the logits, in which neither may lose a bit.
         soft = rows(target)
+        flat = [each.to(torch.promote_types(each.dtype, soft.dtype)) for each in flat]
         run(flat, tuple(soft.to(each.dtype) for each in flat), False)
     else:
         run(flat, target.to(torch.int64).flatten().contiguous(), False)

@@ -148,6 +148,17 @@ def test_one_hot_labels_score_as_their_classes(backend: Backend) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("labels", DTYPES, ids=str)
+def test_soft_labels_are_not_rounded(
+    backend: Backend, dtype: torch.dtype, labels: torch.dtype
+) -> None:
+    logits = [torch.randn(6, 4).to(backend.device, dtype) for _ in range(2)]
+    target = torch.rand(6, 4).softmax(dim=1).to(backend.device, labels)
+    expected = [soft_score(x, target) for x in logits]
+    assert contribution_scores(logits, target).tolist() == pytest.approx(expected, rel=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_any_integer_labels(backend: Backend, dtype: torch.dtype) -> None:
     logits = [torch.randn(5, 3, device=backend.device)]
