@@ -207,24 +207,19 @@ def by_name(
     return [values[each] for each in names]
 
 
-def features(op: str, given: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+def features(op: str, given: Sequence[object], names: Sequence[str] | None = None) -> None:
     """Dense floating point tensors ``[B, ...]`` of one batch; ``names`` are for errors."""
+    tensors = []
     for index, each in enumerate(given):
-        dense = isinstance(each, Tensor) and each.layout == torch.strided
-        if not dense or each.dtype not in FLOATS or each.ndim < 1:
-            got = type(each).__name__
-            if isinstance(each, Tensor):
-                got = f"{each.dtype}, {each.layout}, shape {list(each.shape)}"
-            which = "" if names is None else f" for {names[index]!r}"
-            raise TypeError(
-                f"{op}: features must be dense tensors [B, ...] of float32, float64, float16 or "
-                f"bfloat16 (got {got}{which})"
-            )
-    first = given[0]
-    if any(each.shape[0] != first.shape[0] or each.device != first.device for each in given):
+        what = "features" if names is None else f"features of {names[index]!r}"
+        tensors.append(dense_floats(op, what, each))
+        if tensors[-1].ndim < 1:
+            raise TypeError(f"{op}: {what} must be of shape [B, ...] (got [])")
+    first = tensors[0]
+    if any(each.shape[0] != first.shape[0] or each.device != first.device for each in tensors):
         raise ValueError(
             f"{op}: features must be of one batch size and device "
-            f"(got {[(list(each.shape), str(each.device)) for each in given]})"
+            f"(got {[(list(each.shape), str(each.device)) for each in tensors]})"
         )
 
 

@@ -83,12 +83,8 @@ def drop_features(
         raise ValueError(f"{op}: features must hold at least one tensor (got none)")
     _checks.features(op, features)
     first = features[0]
-    dense = isinstance(ratios, Tensor) and ratios.layout == torch.strided
-    if not dense or ratios.dtype != torch.float32:
-        got = type(ratios).__name__
-        if isinstance(ratios, Tensor):
-            got = f"{ratios.dtype}, {ratios.layout}"
-        raise TypeError(f"{op}: ratios must be a dense float32 tensor (got {got})")
+    if _checks.dense(op, "ratios", ratios).dtype != torch.float32:
+        raise TypeError(f"{op}: ratios must be a float32 tensor (got {ratios.dtype})")
     if ratios.shape != (len(features),) or ratios.device != first.device:
         raise ValueError(
             f"{op}: ratios must be [{len(features)}] on the device of the features "
