@@ -44,11 +44,12 @@ COMPILED = ROOT / "build" / "native" / "release"
 TAKES_WHAT_IS_COMPILED = """
 import os, shutil, subprocess, sys
 compiled, *command = sys.argv[1:]
-output = command[command.index("-o") + 1]
-if os.path.exists(command[-1]) and os.path.exists(made := os.path.join(compiled, output)):
+after = dict(zip(command, command[1:]))
+output, source = after["-o"], after.get("-c", "")
+if os.path.exists(source) and os.path.exists(made := os.path.join(compiled, output)):
     shutil.copy(made, output)
-    if "-MF" in command:
-        with open(command[command.index("-MF") + 1], "w") as dependencies:
+    if "-MF" in after:
+        with open(after["-MF"], "w") as dependencies:
             print(output + ":", file=dependencies)
 else:
     sys.exit(subprocess.call(command))
