@@ -81,10 +81,13 @@ def test_compare_on_a_users_module(tmp_path, capsys):
     example = Path(__file__).parents[1] / "examples" / "compare_task.py"
     arguments = ["compare", "--module", str(example), "--seeds", "2", "--epochs", "1"]
     arguments += ["--jobs", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    rows = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
-    expected = {"alone:vibration", "alone:sound", *(row for row in ROWS if row != "alone")}
-    assert {row["row"] for row in rows} == expected
+    assert main([*arguments, "--optimizer", "adamw"]) == 0
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert {row["row"] for row in rows if row["optimizer"] == "adamw"} == {
+        "alone:vibration",
+        "alone:sound",
+        *(row for row in ROWS if row != "alone"),
+    }
     capsys.readouterr()
     both = ["--optimizer", "sgd,adamw", "--methods", "alone", "joint", "ogm-ge"]
     assert main([*arguments, *both]) == 0

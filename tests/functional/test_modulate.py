@@ -480,16 +480,12 @@ SIZES_AT_WAVES = {
 }
 
 ORDERS = [{}, {"BLOCKS": "8"}, {"SEED": "3", "BLOCKS": "5"}]  # of blocks, under emulation
-WAVES_IN_ORDERS = [
-    pytest.param(sizes, order, id=f"{name}-{order}")
-    for name, sizes in SIZES_AT_WAVES.items()
-    for order in (ORDERS if len(sizes) < 500 else ORDERS[:1])  # seconds each, and two launches
-]
 
 
 @pytest.mark.parametrize("native", ["cuda-emulated", "cuda"], indirect=True)
-@pytest.mark.parametrize(("sizes", "order"), WAVES_IN_ORDERS)
+@pytest.mark.parametrize("sizes", SIZES_AT_WAVES.values(), ids=SIZES_AT_WAVES)
 @pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_one_launch_equals_two(
     native: Backend,
     monkeypatch: pytest.MonkeyPatch,
