@@ -72,9 +72,10 @@ define sanitized-copy
 endef
 library = $$($${CXX:-c++} -print-file-name=$(1).so)
 
-# Sanitizers see nothing of the reference, and nothing new where torch compiles or imports.
-SANITIZE_TESTS ?= tests/functional \
-    -k "not reference and not compile and not opcheck and not imported_twice"
+# Sanitizers see nothing of the reference, and nothing new where torch compiles or imports, or where
+# several emulated blocks should run at a time: under them it is one. No test needs the rest of its file.
+SANITIZE_TESTS ?= tests/functional --dist worksteal -k "not reference and not compile and not opcheck \
+    and not imported_twice and not (one_launch and blocks and not seed)"
 sanitize: SANITIZER := address,undefined
 sanitize: $(VENV)/.has-test ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(sanitized-copy)

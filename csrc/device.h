@@ -25,29 +25,32 @@ struct Cuda {
   std::function<void*(int64_t bytes, bool captured)> workspace;
 };
 
-#if defined(MMBAL_WITH_CUDA)
-constexpr bool kWithCuda = true;
-#else
-constexpr bool kWithCuda = false;
-#endif
+// Whose memory Cuda's kernels take: that of the emulated ones is the host's. Known when a module is
+// linked, so that bindings are compiled once for all.
+enum class CudaMemory { kNone, kHost, kDevice };  // kNone: a build without these kernels
+CudaMemory cuda_memory();
 
-// clang-format off
-template <class Device> void measure(const struct Measurement&, const Device&);
-template <class Device> void modulate(const struct Modulation&, const Device&);
-template <class Device> void fill_with_noise(const struct Noise&, const Device&);
-template <class Device> void philox(const struct PhiloxBlock&, const Device&);
-template <class Device> void score(const struct Scores&, const Device&);
-template <class Device> void derive(const struct Derivation&, const Device&);
-template <class Device> void remember(const struct Memory&, const Device&);
-template <class Device> void cross_entropy(const struct CrossEntropy&, const Device&);
-template <class Device> void cross_entropy_backward(const struct CrossEntropyBackward&, const Device&);
-template <class Device> void accumulate_speeds(const struct Speeds&, const Device&);
-template <class Device> void drop_features(const struct DropFeatures&, const Device&);
-template <class Device> void drop_features_backward(const struct DropFeaturesBackward&, const Device&);
-template <class Device> void gradient_dots(const struct GradientDots&, const Device&);
-template <class Device> void pull(const struct Pull&, const Device&);
-template <class Device> void pareto(const struct Pareto&, const Device&);
-// clang-format on
+#define MMBAL_OPERATIONS(DO)                       \
+  DO(measure, Measurement)                         \
+  DO(modulate, Modulation)                         \
+  DO(fill_with_noise, Noise)                       \
+  DO(philox, PhiloxBlock)                          \
+  DO(score, Scores)                                \
+  DO(derive, Derivation)                           \
+  DO(remember, Memory)                             \
+  DO(cross_entropy, CrossEntropy)                  \
+  DO(cross_entropy_backward, CrossEntropyBackward) \
+  DO(accumulate_speeds, Speeds)                    \
+  DO(drop_features, DropFeatures)                  \
+  DO(drop_features_backward, DropFeaturesBackward) \
+  DO(gradient_dots, GradientDots)                  \
+  DO(pull, Pull)                                   \
+  DO(pareto, Pareto)
+#define MMBAL_DECLARE(operation, Arguments) \
+  template <class Device>                   \
+  void operation(const struct Arguments&, const Device&);
+MMBAL_OPERATIONS(MMBAL_DECLARE)
+#undef MMBAL_DECLARE
 
 int cuda_device_count();         // 0 where there is no driver or this build has no kernels
 std::string cuda_unavailable();  // why cuda_device_count() is 0, else empty

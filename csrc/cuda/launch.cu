@@ -72,6 +72,12 @@ Workspace Workspace::for_sums(const Cuda& cuda, int64_t sums) {
 
 namespace mmbal {
 
+#if defined(MMBAL_CUDA_EMULATED)
+CudaMemory cuda_memory() { return CudaMemory::kHost; }
+#else
+CudaMemory cuda_memory() { return CudaMemory::kDevice; }
+#endif
+
 int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;

@@ -143,7 +143,7 @@ int32_t* optional_status(const std::string& op, py::handle status, const View& b
 
 void require_labels(const std::string& op, const View& labels, int64_t count, int64_t classes,
                     int64_t ignore_index) {
-  if (labels.tensor.device.device_type == kKernelDevice) return;
+  if (runs_on_cuda(labels.tensor.device)) return;
   const auto* label = static_cast<const int64_t*>(labels.data());
   for (int64_t b = 0; b < count; ++b) {
     if (label[b] == ignore_index || (label[b] >= 0 && label[b] < classes)) continue;
@@ -153,11 +153,18 @@ void require_labels(const std::string& op, const View& labels, int64_t count, in
   }
 }
 
+bool runs_on_cuda(const DLDevice& device) {
+  const CudaMemory memory = cuda_memory();
+  return memory != CudaMemory::kNone &&
+         device.device_type == (memory == CudaMemory::kHost ? kDLCPU : kDLCUDA);
+}
+
 void require_cpu(const DLDevice& device) {
   if (device.device_type == kDLCPU) return;
-  throw py::type_error(std::string("mmbal_fast: tensors must be on cpu") +
-                       (kWithCuda ? " or cuda" : ", this build has no CUDA kernels") + " (got " +
-                       device_name(device) + ")");
+  throw py::type_error(
+      std::string("mmbal_fast: tensors must be on cpu") +
+      (cuda_memory() == CudaMemory::kNone ? ", this build has no CUDA kernels" : " or cuda") +
+      " (got " + device_name(device) + ")");
 }
 
 std::string gradient_name(const std::string& op, py::handle names, int64_t index) {

@@ -66,6 +66,8 @@ void require_shape(const View& tensor, const std::string& what, const Shape& sha
 void require_device(const View& tensor, const std::string& what, const View& other,
                     const std::string& others);
 void require_cpu(const DLDevice& device);
+// Whether the CUDA kernels of this module, real or emulated, are for tensors of that device.
+bool runs_on_cuda(const DLDevice& device);
 
 // The step that noise belongs to: an integer, or an int64 tensor of one element beside others.
 // `counter` is that tensor, its data null where there is none.
@@ -148,20 +150,18 @@ void require_offset(What&& what, int64_t offset, int64_t count) {
 template <class Run>
 void on_device_of(const View& tensor, int threads, py::handle workspace, Run&& run) {
   const DLDevice& device = tensor.tensor.device;
-  if constexpr (kWithCuda) {
-    if (device.device_type == kKernelDevice) {
-      py::object memory;  // held until the work is queued
-      void* stream = device.device_type == kDLCUDA ? current_stream(device) : nullptr;
-      const Cuda cuda{device.device_id, stream, [&](int64_t bytes, bool captured) {
-                        py::gil_scoped_acquire gil;
-                        const auto number = reinterpret_cast<uintptr_t>(stream);
-                        memory = workspace(bytes, device.device_id, number, captured);
-                        return view(memory, [] { return std::string("workspace"); }).data();
-                      }};
-      py::gil_scoped_release release;
-      run(cuda);
-      return;
-    }
+  if (runs_on_cuda(device)) {
+    py::object memory;  // held until the work is queued
+    void* stream = device.device_type == kDLCUDA ? current_stream(device) : nullptr;
+    const Cuda cuda{device.device_id, stream, [&](int64_t bytes, bool captured) {
+                      py::gil_scoped_acquire gil;
+                      const auto number = reinterpret_cast<uintptr_t>(stream);
+                      memory = workspace(bytes, device.device_id, number, captured);
+                      return view(memory, [] { return std::string("workspace"); }).data();
+                    }};
+    py::gil_scoped_release release;
+    run(cuda);
+    return;
   }
   require_cpu(device);
   py::gil_scoped_release release;

@@ -160,11 +160,10 @@ std::vector<uint32_t> philox_words(const std::vector<uint32_t>& counter,
   }
   PhiloxBlock block{{}, {key[0], key[1]}, rounds, words.data()};
   std::copy_n(counter.begin(), 4, block.counter);
-  if constexpr (kWithCuda) {
-    if (on_cuda) return philox(block, Cuda{}), words;
+  if (on_cuda && cuda_memory() == CudaMemory::kNone) {
+    throw std::runtime_error("philox4x32: " + cuda_unavailable());
   }
-  if (on_cuda) throw std::runtime_error("philox4x32: " + cuda_unavailable());
-  philox(block, Cpu{1});
+  on_cuda ? philox(block, Cuda{}) : philox(block, Cpu{1});
   return words;
 }
 

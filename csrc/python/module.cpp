@@ -35,20 +35,11 @@ py::dict build_info() {
   info["compiler"] = MMBAL_BUILD_COMPILER;
   info["flags"] = MMBAL_BUILD_FLAGS;
 #endif
-  info["emulated"] =
-#if defined(MMBAL_CUDA_EMULATED)
-      true;
-#else
-      false;
-#endif
-#if defined(MMBAL_WITH_CUDA)
-  info["cuda"] = true;
+  info["emulated"] = cuda_memory() == CudaMemory::kHost;
+  info["cuda"] = cuda_memory() != CudaMemory::kNone;
 #if defined(MMBAL_BUILD_CUDA_VERSION)
   info["cuda_version"] = MMBAL_BUILD_CUDA_VERSION;
   info["cuda_architectures"] = MMBAL_BUILD_CUDA_ARCHITECTURES;
-#endif
-#else
-  info["cuda"] = false;
 #endif
   return info;
 }

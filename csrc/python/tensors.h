@@ -12,13 +12,6 @@ namespace mmbal {
 
 namespace py = pybind11;
 
-// The device type that the CUDA kernels of this module run on: the emulated ones take host memory.
-#if defined(MMBAL_CUDA_EMULATED)
-constexpr DLDeviceType kKernelDevice = kDLCPU;
-#else
-constexpr DLDeviceType kKernelDevice = kDLCUDA;
-#endif
-
 enum class Layout {
   kContiguous,   // every element of a block of memory once, the last dimension fastest
   kDense,        // the same in another order of dimensions

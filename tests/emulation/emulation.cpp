@@ -27,10 +27,10 @@
 #include <ucontext.h>
 #endif
 
-__thread uint3 threadIdx;
-__thread uint3 blockIdx;
-__thread dim3 blockDim;
-__thread dim3 gridDim;
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
 
 #ifdef __x86_64__
 // void (void** save, void* restore): swapcontext without its system calls for the signal mask.
@@ -286,14 +286,15 @@ struct Launch {
 };
 
 // What these threads of a block did comes before what any of them will do.
-template <class Fibers>
-void synchronise([[maybe_unused]] const Fibers& fibers) {
+template <class Fibers, class Meets>
+void synchronise([[maybe_unused]] const Fibers& all, [[maybe_unused]] Meets&& meets) {
 #ifdef MMBAL_EMULATION_TSAN
   const auto meeting = std::make_unique<char>();  // the sanitizer forgets an address that is freed
   void* const scheduler = __tsan_get_current_fiber();
   for (auto* act : {&__tsan_release, &__tsan_acquire}) {
-    for (const Fiber* fiber : fibers) {
-      __tsan_switch_to_fiber(fiber->stack->thread(), __tsan_switch_to_fiber_no_sync);
+    for (const Fiber& fiber : all) {
+      if (!meets(fiber)) continue;
+      __tsan_switch_to_fiber(fiber.stack->thread(), __tsan_switch_to_fiber_no_sync);
       act(meeting.get());
     }
   }
@@ -302,7 +303,7 @@ void synchronise([[maybe_unused]] const Fibers& fibers) {
 }
 
 class Worker;
-thread_local Worker* current = nullptr;
+Worker* current = nullptr;  // the one whose turn it is
 
 // Runs blocks one after another on one OS thread.
 class Worker {
@@ -318,9 +319,9 @@ class Worker {
     dynamic_ = dynamic_bytes ? std::malloc(dynamic_bytes) : nullptr;
     for (uint64_t i; !launch.failed && (i = launch.next++) < launch.blocks;) {
       const uint64_t block = launch.order[i];
-      blockIdx = {static_cast<unsigned>(block % gridDim.x),
-                  static_cast<unsigned>(block / gridDim.x % gridDim.y),
-                  static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+      blockIdx = block_ = {static_cast<unsigned>(block % gridDim.x),
+                           static_cast<unsigned>(block / gridDim.x % gridDim.y),
+                           static_cast<unsigned>(block / gridDim.x / gridDim.y)};
       if (dynamic_bytes) std::memset(dynamic_, 0xff, dynamic_bytes);
       random_ = launch.seed == 0 ? 0 : (launch.seed + block) * 0x9e3779b97f4a7c15u | 1;
       run_block();
@@ -385,7 +386,11 @@ class Worker {
         if (launch_->failed) return abandon();
         if (!yielded || launch_->stuck()) return report();
       }
-      if (!progress || ++launch_->rounds % 16 == 0) launch_->turns.hand_on(number_);
+      if (!progress || ++launch_->rounds % 16 == 0) {
+        launch_->turns.hand_on(number_);
+        current = this;
+        blockIdx = block_;
+      }
     }
   }
 
@@ -448,7 +453,7 @@ class Worker {
 
   static bool same_place(const Fiber& a, const Fiber& b) {
     return a.operation == b.operation && a.at.line == b.at.line &&
-           std::strcmp(a.at.file, b.at.file) == 0;
+           (a.at.file == b.at.file || std::strcmp(a.at.file, b.at.file) == 0);
   }
 
   // Lets the block go on if all threads that live are at one barrier.
@@ -463,13 +468,8 @@ class Worker {
       count += fiber.value;
     }
     waiting_ = 0;
-    std::vector<const Fiber*> met;
-    for (Fiber& fiber : fibers_) {
-      if (fiber.state == Fiber::exited) continue;
-      fiber.value = count;
-      met.push_back(&fiber);
-    }
-    synchronise(met);
+    for (Fiber& fiber : fibers_) fiber.value = count;
+    synchronise(fibers_, [](const Fiber& fiber) { return fiber.state != Fiber::exited; });
     for (Warp& warp : warps_) warp.ready = warp.alive;
   }
 
@@ -487,14 +487,17 @@ class Worker {
       values[i] = lanes[i].value;
       ballot |= (values[i] & 1) << i;
     }
-    std::vector<const Fiber*> met;
     for (int i = 0; i < warpSize; ++i) {
       if ((members >> i & 1) == 0) continue;
       lanes[i].value = lanes[i].source < 0 ? ballot : values[lanes[i].source];
-      met.push_back(&lanes[i]);
     }
     // Votes and shuffles move values and order nothing else.
-    if (std::strcmp(asking.operation, "__syncwarp") == 0) synchronise(met);
+    if (fresh_memory && std::strcmp(asking.operation, "__syncwarp") == 0) {
+      synchronise(fibers_, [&](const Fiber& fiber) {
+        const auto i = &fiber - lanes;
+        return i >= 0 && i < warpSize && (members >> i & 1) != 0;
+      });
+    }
     warp.waiting &= ~members;
     warp.ready |= members;
   }
@@ -534,6 +537,7 @@ class Worker {
   Launch* launch_ = nullptr;
   size_t number_ = 0;
   void* dynamic_ = nullptr;
+  uint3 block_{};
   uint64_t random_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;

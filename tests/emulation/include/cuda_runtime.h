@@ -44,7 +44,8 @@
 #define MMBAL_CUDA_EMULATED 1
 #define CUDART_VERSION 13000
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MMBAL_EMULATION_ASAN)  // named for the scheduler, which is not looked at itself
+#elif defined(__SANITIZE_ADDRESS__)
 #define MMBAL_EMULATION_ASAN 1
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -111,10 +112,11 @@ struct dim3 {
 // ---- what a thread knows about itself
 // -----------------------------------------------------------------------
 
-extern __thread uint3 threadIdx;
-extern __thread uint3 blockIdx;
-extern __thread dim3 blockDim;
-extern __thread dim3 gridDim;
+// Of the one thread that runs.
+extern uint3 threadIdx;
+extern uint3 blockIdx;
+extern dim3 blockDim;
+extern dim3 gridDim;
 constexpr int warpSize = 32;
 
 // ---- barriers and warp collectives
