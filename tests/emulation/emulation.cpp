@@ -303,7 +303,9 @@ void synchronise([[maybe_unused]] const Fibers& all, [[maybe_unused]] Meets&& me
 }
 
 class Worker;
-Worker* current = nullptr;  // the one whose turn it is
+// Of a thread, so that its memory, `__shared__` in it, is there before the first fiber: to the race
+// detector the fiber that asks first would have written all of it.
+thread_local Worker* current = nullptr;
 
 // Runs blocks one after another on one OS thread.
 class Worker {
@@ -388,7 +390,6 @@ class Worker {
       }
       if (!progress || ++launch_->rounds % 16 == 0) {
         launch_->turns.hand_on(number_);
-        current = this;
         blockIdx = block_;
       }
     }
