@@ -90,7 +90,12 @@ class Stack {
   }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
-  ~Stack() { munmap(base_ - guard_, guard_ + stack_bytes); }
+  ~Stack() {
+#ifdef MMBAL_EMULATION_TSAN
+    if (thread_ != nullptr) __tsan_destroy_fiber(thread_);
+#endif
+    munmap(base_ - guard_, guard_ + stack_bytes);
+  }
 
   // Next enter() starts fiber_main.
   void prepare() {
@@ -111,7 +116,16 @@ class Stack {
     makecontext(&fiber_, fiber_main, 0);
 #endif
 #ifdef MMBAL_EMULATION_TSAN
-    thread_ = __tsan_create_fiber(0);  // comes after what the scheduler's thread has done
+    // Comes after what the scheduler's thread has done.
+    if (thread_ == nullptr) {
+      thread_ = __tsan_create_fiber(0);
+    } else {
+      void* const scheduler = __tsan_get_current_fiber();
+      __tsan_release(this);
+      __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
+      __tsan_acquire(this);
+      __tsan_switch_to_fiber(scheduler, __tsan_switch_to_fiber_no_sync);
+    }
 #endif
   }
 
@@ -119,14 +133,6 @@ class Stack {
   void abandon() {
 #ifdef MMBAL_EMULATION_ASAN
     __asan_unpoison_memory_region(base_, stack_bytes);
-#endif
-    ended();
-  }
-
-  // The fiber will not be entered again.
-  void ended() {
-#ifdef MMBAL_EMULATION_TSAN
-    __tsan_destroy_fiber(thread_);
 #endif
   }
 
@@ -302,6 +308,11 @@ void synchronise([[maybe_unused]] const Fibers& all, [[maybe_unused]] Meets&& me
 #endif
 }
 
+// With the race detector: of launches before, whose threads come before those of this one, and of
+// this one, which no other thread of it may be taken for.
+std::vector<std::unique_ptr<Stack>> rested_stacks, used_stacks;
+constexpr size_t most_stacks = 2048;  // of the 8000 threads that the sanitizer keeps apart
+
 class Worker;
 // Of a thread, so that its memory, `__shared__` in it, is there before the first fiber: to the race
 // detector the fiber that asks first would have written all of it.
@@ -411,9 +422,10 @@ class Worker {
   bool resume(Warp& warp, size_t thread) {
     Fiber& fiber = fibers_[thread];
     if (!fiber.stack) {
-      if (stacks_.empty()) stacks_.push_back(std::make_unique<Stack>());
-      fiber.stack = std::move(stacks_.back());
-      stacks_.pop_back();
+      auto& stacks = fresh_memory ? rested_stacks : stacks_;
+      if (stacks.empty()) stacks.push_back(std::make_unique<Stack>());
+      fiber.stack = std::move(stacks.back());
+      stacks.pop_back();
       fiber.stack->prepare();
     }
     const bool spun = fiber.state == Fiber::yields;
@@ -424,7 +436,6 @@ class Worker {
     const unsigned bit = 1u << thread % warpSize;
     switch (fiber.state) {
       case Fiber::exited:
-        fiber.stack->ended();
         free_stack(fiber);
         --alive_;
         warp.alive &= ~bit;
@@ -448,7 +459,8 @@ class Worker {
   }
 
   void free_stack(Fiber& fiber) {
-    if (!fresh_memory) stacks_.push_back(std::move(fiber.stack));
+    auto& stacks = fresh_memory ? used_stacks : stacks_;
+    if (stacks.size() < most_stacks) stacks.push_back(std::move(fiber.stack));
     fiber.stack.reset();
   }
 
@@ -531,7 +543,8 @@ class Worker {
     for (Fiber& fiber : fibers_) {
       if (!fiber.stack) continue;
       fiber.stack->abandon();
-      free_stack(fiber);
+      if (!fresh_memory) free_stack(fiber);
+      fiber.stack.reset();
     }
   }
 
@@ -609,6 +622,10 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
   while (state.next < blocks && !state.failed)
     std::thread([&state] { Worker().run(state, 0); }).join();
   __tsan_acquire(&state);
+  for (auto& stack : used_stacks) {
+    if (rested_stacks.size() < most_stacks) rested_stacks.push_back(std::move(stack));
+  }
+  used_stacks.clear();
 #else
   static std::vector<std::unique_ptr<Worker>> pool;  // keeps the stacks
   while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
