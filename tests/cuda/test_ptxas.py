@@ -66,11 +66,11 @@ def loops(assembly: str, kernel: str) -> Iterator[list[str]]:
     """The instructions of each loop in the disassembled kernels whose names match."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    function = ""
+    named = False
     for line in assembly.splitlines():
-        if section := re.match(r"\.text\.(\w+):", line):
-            function = section[1]
-        if re.search(kernel, function) is None:
+        if line.startswith(".text."):
+            named = re.search(kernel, line) is not None
+        if not named:
             continue
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
