@@ -95,7 +95,7 @@ FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.has-test build ## every public operation on drawn arguments, good and bad, 60 seconds
 	$(RUN) tests/fuzz/surface.py --seconds $(FUZZ_SECONDS) $(ARGS)
 
-noise-statistics: $(VENV)/.has-test native ## 1e8 samples of the noise against what they should be, half an hour
+noise-statistics: $(VENV)/.has-test native ## 1e8 samples of the noise against what they should be, a few minutes
 	PYTHONPATH=. $(RUN) benchmarks/noise_statistics.py $(ARGS)
 
 docs: $(VENV)/.has-docs native ## the documentation site, in build/docs/html, its examples run

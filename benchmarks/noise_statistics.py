@@ -1,4 +1,4 @@
-"""Statistics of the noise, 1e8 samples of it: ``make noise-statistics``, half an hour.
+"""Statistics of the noise, 1e8 samples of it: ``make noise-statistics``, a few minutes.
 
 Samples are spread over tensors, steps and seeds. Asked are the moments, the distribution (1024 bins
 of equal probability), the tails beyond 4 and 5 sigma, and correlations: of near elements of a
