@@ -197,18 +197,23 @@ void spin_forever() {
           cudaErrorLaunchFailure);
 }
 
-// Block 0 waits for block 1.
-__global__ void wait_for_next(unsigned* turn) {
+// Block 0 waits for block 1, and is still itself afterwards.
+__global__ void wait_for_next(unsigned* turn, unsigned* after) {
   if (threadIdx.x != 0) return;
-  while (blockIdx.x == 0 && atomicAdd(turn, 0) == 0) __nanosleep(32);
-  if (blockIdx.x == 1) atomicExch(turn, 1u);
+  const unsigned block = blockIdx.x;
+  while (block == 0 && atomicAdd(turn, 0) == 0) __nanosleep(32);
+  if (block == 1) atomicExch(turn, 1u);
+  after[block] = blockIdx.x;
 }
 
 void blocks_in_flight() {
   unsigned turn = 0;
   const bool two = std::strcmp(std::getenv("MMBAL_EMULATION_BLOCKS"), "2") == 0;
-  REQUIRE(start(2, 64, wait_for_next, &turn) == (two ? cudaSuccess : cudaErrorLaunchFailure));
+  std::vector<unsigned> after(2, 2);
+  REQUIRE(start(2, 64, wait_for_next, &turn, after.data()) ==
+          (two ? cudaSuccess : cudaErrorLaunchFailure));
   REQUIRE(turn == (two ? 1u : 0u));
+  if (two) REQUIRE(after == std::vector<unsigned>({0, 1}));
 }
 
 // ---- threads that wait for ever
